@@ -1,0 +1,76 @@
+"""`headrace COMMAND`: a visible table of commands, each a typed function that is also the Python API."""
+
+import difflib
+import os
+import sys
+from importlib import import_module
+
+# name: (module:function, one line for `headrace --help`). A dotted name such as "vqa run" is a group and a command.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
+}
+EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
+
+
+def help_text() -> str:
+    """What `headrace --help` prints; needs no imports of the commands."""
+    width = max(len(name) for name in COMMANDS)
+    rows = "\n".join(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items())
+    return f"usage: headrace COMMAND [OPTIONS]\n\ncommands:\n{rows}\n\n`headrace COMMAND --help` explains one of them."
+
+
+def find_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split the arguments into a command's name and the rest.
+
+    Raises:
+        ValueError: No such command; names a near match.
+    """
+    for length in (2, 1):
+        name = " ".join(arguments[:length])
+        if len(arguments) >= length and name in COMMANDS:
+            return name, arguments[length:]
+    group = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
+    if group:
+        raise ValueError(f"headrace {arguments[0]} needs one of: {', '.join(n.split(' ', 1)[1] for n in group)}")
+    near = difflib.get_close_matches(" ".join(arguments[:2]), COMMANDS, n=1) or difflib.get_close_matches(
+        arguments[0], COMMANDS, n=1
+    )
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no command {arguments[0]!r}{hint} (headrace --help lists them)")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 done, 1 something failed, 2 wrong arguments."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return EXIT_OK
+    if arguments[0] in ("-V", "--version"):
+        from headrace import __version__
+
+        print(__version__)
+        return EXIT_OK
+    try:
+        name, rest = find_command(arguments)
+    except ValueError as error:
+        print(f"headrace: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    import tyro
+
+    module, attribute = COMMANDS[name][0].split(":")
+    function = getattr(import_module(module), attribute)
+    try:
+        status = tyro.cli(function, prog=f"headrace {name}", args=rest)
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+        if os.environ.get("HEADRACE_TRACEBACK"):
+            raise
+        print(f"headrace {name}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"headrace {name}: stopped", file=sys.stderr)
+        return 130
+    return int(status or EXIT_OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

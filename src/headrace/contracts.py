@@ -1,0 +1,134 @@
+"""What a policy and an environment promise each other. numpy only, so either side runs without the other's packages."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+Frame = Literal["base_delta", "base_absolute", "joint_delta", "joint"]
+Rotation = Literal["euler_xyz", "axis_angle", "quat_wxyz", "none"]
+Gripper = Literal["open_is_1", "close_is_1", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a policy sees at one moment.
+
+    Attributes:
+        images: Camera name to picture, uint8 in 0..255, shape (height, width, 3), RGB.
+        state: Proprioception and what else the environment hands out beside pictures, float32, shape (S,), in the units
+            that `state_names` of the checkpoint lists. Empty for a policy that works from pictures alone.
+        instruction: The task in words.
+    """
+
+    images: dict[str, np.ndarray]
+    state: np.ndarray
+    instruction: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpec:
+    """How the numbers of an action are meant; policy and environment each declare one and they must agree.
+
+    Attributes:
+        names: One name per action dimension, such as ("x", "y", "z", "roll", "pitch", "yaw", "gripper").
+        frame: `base_delta` moves relative to the present pose in the robot's base frame; `joint` gives joint targets.
+        rotation: Meaning of the rotation numbers, `none` where there are none.
+        gripper: Which end of the gripper number is open.
+        rate: Control rate [Hz].
+        controller: The environment's own name of the controller, such as `pd_ee_delta_pose`.
+        low, high: Bounds per dimension, in the controller's units.
+    """
+
+    names: tuple[str, ...]
+    frame: Frame
+    rotation: Rotation
+    gripper: Gripper
+    rate: float
+    controller: str = ""
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("an ActionSpec needs at least one action name")
+        if self.rate <= 0:
+            raise ValueError(f"rate must be above 0 Hz, got {self.rate}")
+        for bound in (self.low, self.high):
+            if bound and len(bound) != len(self.names):
+                raise ValueError(f"bounds need {len(self.names)} numbers, one per action name, got {len(bound)}")
+
+    @property
+    def dim(self) -> int:
+        """Number of action dimensions."""
+        return len(self.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "ActionSpec":
+        """Rebuild from `to_dict`, rejecting unknown keys by name."""
+        unknown = set(data) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown ActionSpec fields: {', '.join(sorted(unknown))}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+class SpecMismatch(ValueError):
+    """A policy's ActionSpec does not fit the environment; the message names each field that differs."""
+
+
+def require_same_spec(policy: ActionSpec, environment: ActionSpec) -> None:
+    """Refuse a policy whose action convention differs from the environment's.
+
+    Raises:
+        SpecMismatch: Names every field that differs with both values.
+    """
+    differing = [
+        f"{f.name}: policy {getattr(policy, f.name)!r}, environment {getattr(environment, f.name)!r}"
+        for f in fields(ActionSpec)
+        if getattr(policy, f.name) != getattr(environment, f.name) and getattr(policy, f.name) not in ("", ())
+    ]
+    if differing:
+        raise SpecMismatch(
+            "the policy's actions do not fit this environment: "
+            + "; ".join(differing)
+            + ". Use a policy trained for this controller, or convert its actions in a policy that wraps it."
+        )
+
+
+class ActionChunk(NamedTuple):
+    """A policy's answer for a batch of observations.
+
+    Attributes:
+        actions: float32, shape (B, H, A), in the units of the policy's ActionSpec.
+        milliseconds: Wall-clock time of the call [ms].
+    """
+
+    actions: np.ndarray
+    milliseconds: float
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that turns observations into action chunks. Batched, so that parallel environments share one call.
+
+    A policy that keeps a state between calls (a queue of actions, an ensemble) keys it by slot.
+    """
+
+    spec: ActionSpec
+
+    def reset(self, slot: int, *, seed: int) -> None:
+        """Forget what belongs to `slot`, whose next observation starts an episode; `seed` fixes its randomness."""
+
+    def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
+        """Actions for each observation; `slots[i]` says which running episode `observations[i]` belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Versions:
+    """Versions that a result was made with, by package name."""
+
+    packages: dict[str, str] = field(default_factory=dict)

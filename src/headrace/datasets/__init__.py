@@ -1,0 +1,1 @@
+"""Demonstrations, video clips and question sets: reading, writing and normalising."""

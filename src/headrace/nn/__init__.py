@@ -1,0 +1,1 @@
+"""Network parts shared by tokenizers, language models and policies."""

@@ -1,0 +1,1 @@
+"""Simulated tasks, scripted experts, the rollout runner and its report."""

@@ -1,0 +1,1 @@
+"""Visual tokenizers: TokenFlow, UniFlow, FlowTok and the VQGAN of LWM, behind one interface."""

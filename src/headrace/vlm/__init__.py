@@ -1,0 +1,1 @@
+"""Video-language model, its sequence layout and cache, and visual token pruning."""
