@@ -1,0 +1,85 @@
+"""Find a tokenizer by name, folder or Hub id. The table is the whole mechanism; a new family is one more row."""
+
+import difflib
+import os
+import warnings
+from importlib import import_module
+
+from headrace.nn.pretrained import read_config, resolve_folder
+from headrace.tokenizers.base import Tokenizer
+
+# family: "module:Class"
+TOKENIZERS = {
+    "tokenflow": "headrace.tokenizers.tokenflow:TokenFlow",
+}
+
+
+def tokenizer_class(family: str) -> type[Tokenizer]:
+    """The class of a family.
+
+    Raises:
+        ValueError: No such family; names a near match and all families.
+    """
+    if family not in TOKENIZERS:
+        raise ValueError(_unknown("tokenizer", family, list(TOKENIZERS)))
+    module, attribute = TOKENIZERS[family].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def new_tokenizer(name: str) -> Tokenizer:
+    """Build an untrained tokenizer.
+
+    Args:
+        name: `family` or `family:variant`, such as `tokenflow:tiny`; without a variant the family's first is taken.
+
+    Returns:
+        The tokenizer with freshly drawn weights, in eval mode.
+
+    Raises:
+        ValueError: No such family or variant; names a near match.
+    """
+    family, _, variant = name.partition(":")
+    cls = tokenizer_class(family)
+    variant = variant or cls.VARIANTS[0]
+    if variant not in cls.VARIANTS:
+        raise ValueError(_unknown(f"variant of {family}", variant, list(cls.VARIANTS)))
+    return cls(getattr(cls.Config, variant)()).eval()
+
+
+def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:
+    """Load a trained tokenizer of any family, or build an untrained one.
+
+    Args:
+        source: A folder written by `save_pretrained`, a Hub id `owner/name`, or a name such as `tokenflow:tiny`. A
+            name carries no weights: the model is built with random ones, and a warning says so. A folder of the same
+            name wins.
+        revision: Branch, tag or commit for a Hub id.
+
+    Returns:
+        The tokenizer in eval mode.
+
+    Raises:
+        ValueError: Unknown name (a near match is named), a folder of something that is no tokenizer, broken files.
+        FileNotFoundError: No such folder or Hub id.
+    """
+    text = os.fspath(source)
+    if not os.path.isdir(text) and "/" not in text and os.sep not in text:
+        model = new_tokenizer(text)
+        warnings.warn(
+            f"{text!r} names a configuration, not a checkpoint: the weights are random. "
+            "Give a folder or a Hub id to load trained ones.",
+            stacklevel=2,
+        )
+        return model
+    folder = resolve_folder(source, revision=revision)
+    written_by = read_config(folder).get("model")
+    classes = {path.split(":")[1]: family for family, path in TOKENIZERS.items()}
+    if written_by not in classes:
+        raise ValueError(f"{folder} holds a {written_by}, not one of the tokenizers {', '.join(classes)}")
+    return tokenizer_class(classes[written_by]).from_pretrained(folder)
+
+
+def _unknown(what: str, name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no {what} is called {name!r}{hint} (known: {', '.join(known)})"
