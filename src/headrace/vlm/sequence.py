@@ -179,7 +179,7 @@ class SequenceLayout:
         missing = [name for name in wanted if name is not None and name not in vocabulary.specials]
         if missing:
             raise ValueError(
-                f"vocabulary {vocabulary.name!r} has no special {missing[0]!r} (it has: {', '.join(vocabulary.specials)})"
+                f"vocabulary {part.modality!r} has no special {missing[0]!r} (it has: {', '.join(vocabulary.specials)})"
             )
 
     def index(self, modality: str) -> int:
