@@ -141,3 +141,14 @@ def test_settings_that_do_not_fit_cannot_exist(fields, message):
 def test_settings_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="keys"):
         SolverSettings.from_json('{"step": 3}')
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
+def test_a_whole_sampler_compiles_into_one_graph(method):
+    network = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4)).double()
+
+    def sample(x):
+        return integrate(lambda s, t: network(torch.cat([s, t[:, None]], 1)), x, steps=4, method=method)
+
+    compiled = torch.compile(sample, fullgraph=True, backend="eager")  # fullgraph: a break is an error
+    torch.testing.assert_close(compiled(NOISE), sample(NOISE))
