@@ -1,0 +1,1 @@
+"""Dropping visual tokens inside the encoder or the language model, without training."""
