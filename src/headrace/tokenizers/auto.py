@@ -11,6 +11,7 @@ from headrace.tokenizers.base import Tokenizer
 # family: "module:Class"
 TOKENIZERS = {
     "tokenflow": "headrace.tokenizers.tokenflow:TokenFlow",
+    "uniflow": "headrace.tokenizers.uniflow:UniFlow",
 }
 
 

@@ -1,0 +1,97 @@
+"""Our UniFlow against the official modules, on every uniflow set of the golden folder."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from headrace.tokenizers.uniflow import UniFlow
+from headrace.tokenizers.uniflow_config import UniFlowConfig
+from headrace.tokenizers.uniflow_import import from_official_name, model_from_official, official_state
+
+GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
+SETS = sorted(p for p in GOLDEN.glob("uniflow_*.json") if not p.stem.endswith("_keys"))
+KEYS = GOLDEN / "uniflow_keys.json"
+
+pytestmark = pytest.mark.skipif(not SETS, reason=f"no uniflow set in {GOLDEN}")
+
+
+@pytest.fixture(scope="module", params=SETS, ids=lambda p: p.stem)
+def golden(request):
+    info = json.loads(request.param.read_text())
+    tensors = {}
+    for part in info["files"]:
+        tensors |= load_file(request.param.parent / part["file"])
+    assert set(tensors) == set(info["entries"])
+    prefix = "state_dict/"
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    model = model_from_official(state, heads=info["config"]["num_attention_heads"])
+    return info["config"], tensors, state, model
+
+
+def close(got, wanted):
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_read_from_the_shapes_are_the_published_ones(golden):
+    config, _, _, model = golden
+    ours = model.config
+    assert ours.encoder.image_size == config["image_size"]
+    assert ours.encoder.width == config["vit_hidden_size"]
+    assert ours.encoder.depth == config["num_hidden_layers"]
+    assert ours.encoder.width * ours.encoder.mlp_ratio == config["intermediate_size"]
+    assert ours.latent_channels == config["latent_ch"]
+    assert ours.global_depth == config["global_blocks_depth"]
+    assert ours.flow_depth == config["num_decoder_layers"]
+
+
+@torch.no_grad()
+def test_every_block_output_is_the_official_one(golden):
+    _, tensors, _, model = golden
+    layers, last = model.hidden(tensors["in/pixel_values"])
+    for index, layer in enumerate(layers, start=1):
+        close(layer, tensors[f"out/hidden_states/{index}"][:, 1:])
+    close(last, layers[-1])
+
+
+@torch.no_grad()
+def test_latents(golden):
+    _, tensors, _, model = golden
+    close(model.latent(model.hidden(tensors["in/pixel_values"])[1]), tensors["out/latent"])
+
+
+@torch.no_grad()
+def test_velocity(golden):
+    _, tensors, _, model = golden
+    got = model.flow_head(tensors["in/net/xt"], tensors["in/net/t"], tensors["in/net/c"])
+    close(got, tensors["out/net/v"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 4])
+def test_reconstruction_from_the_same_noise(golden, steps):
+    _, tensors, _, model = golden
+    got = model.decode(tensors["out/latent"], steps=steps, noise=tensors["in/noise"])
+    close(got, tensors[f"out/recon_{steps}step"])
+
+
+def test_export_gives_back_the_official_tensors(golden):
+    _, _, state, model = golden
+    again = official_state(model)
+    assert set(again) == set(state)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+
+
+@pytest.mark.skipif(not KEYS.is_file(), reason="no key list")
+def test_published_layout_is_ours_key_by_key():
+    official = {name: tuple(shape) for name, (shape, _) in json.loads(KEYS.read_text()).items()}
+    with torch.device("meta"):
+        model = UniFlow(UniFlowConfig.internvit_300m())
+    exported = {name: tuple(tensor.shape) for name, tensor in official_state(model).items()}
+    assert exported == official
+    assert len(official) == 530
+    assert {from_official_name(name) for name in official} <= set(model.state_dict())
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == 452.586
