@@ -1,0 +1,106 @@
+"""A grid of sampling times that belongs to one network, kept as JSON beside its weights."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from headrace.flow.solver import SolverSettings, check_grid, uniform_grid
+
+GRID_FILE = "step_grid.json"
+
+
+class GridMismatch(ValueError):
+    """A network that was straightened for one grid was to be sampled on another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGrid:
+    """Times to visit, with how they were found and whether the network was tuned for exactly them.
+
+    Attributes:
+        times: Rising strictly from 0 to 1.
+        source: `uniform`, or the Bellman cost that was minimised: `local` or `endpoint`.
+        tuned: The network was straightened on these times; it is then wrong on any others.
+        fine_steps: Steps of the uniform grid that the times were chosen from; 0 for a uniform grid.
+        samples: Noise samples that the cost is a mean over; 0 for a uniform grid.
+        cost: The minimised cost, in squared units of the state; 0 for a uniform grid.
+    """
+
+    times: tuple[float, ...]
+    source: Literal["uniform", "local", "endpoint"] = "uniform"
+    tuned: bool = False
+    fine_steps: int = 0
+    samples: int = 0
+    cost: float = 0.0
+
+    def __post_init__(self) -> None:
+        SolverSettings(grid=tuple(self.times))
+        object.__setattr__(self, "times", check_grid(self.times))
+        if self.source not in ("uniform", "local", "endpoint"):
+            raise ValueError(f"unknown grid source {self.source!r} (known: uniform, local, endpoint)")
+
+    @classmethod
+    def uniform(cls, steps: int) -> "StepGrid":
+        """Equal steps."""
+        return cls(times=uniform_grid(steps))
+
+    @property
+    def steps(self) -> int:
+        """Number of Euler steps."""
+        return len(self.times) - 1
+
+    @property
+    def settings(self) -> SolverSettings:
+        """Euler on these times."""
+        return SolverSettings(method="euler", grid=self.times)
+
+    def require(self, settings: SolverSettings) -> None:
+        """Refuse settings that a tuned network was not tuned for; an untuned network may be sampled anyhow.
+
+        Raises:
+            GridMismatch: The network is tuned and the method is not Euler, or the times differ by more than 1e-6.
+        """
+        if not self.tuned:
+            return
+        times: Sequence[float] = settings.times
+        same = len(times) == len(self.times) and all(abs(a - b) <= 1e-6 for a, b in zip(times, self.times, strict=True))
+        if settings.method != "euler" or not same:
+            shown = ", ".join(f"{t:.4g}" for t in self.times)
+            raise GridMismatch(
+                f"this network was straightened for {self.steps} Euler steps at [{shown}] and is wrong on any other "
+                f"grid, such as {settings.to_json()}. Sample it on its own grid, or load the network from before "
+                "straightening"
+            )
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write `step_grid.json` into a model folder, by a temporary name; returns the path."""
+        path = Path(folder) / GRID_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> "StepGrid":
+        """Read a grid from a model folder or from a JSON file.
+
+        Raises:
+            FileNotFoundError: No such file; says how to make one.
+            ValueError: Not JSON, unknown keys (named), or times that are no grid.
+        """
+        path = Path(source)
+        path = path / GRID_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"no step grid at {path}; make one with headrace.flow.bellman.bellman_grid")
+        try:
+            data = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error})") from error
+        known = {f.name for f in fields(cls)}
+        if not isinstance(data, dict) or set(data) - known or "times" not in data:
+            raise ValueError(f"{path} is not a step grid: it needs `times` and knows only {', '.join(sorted(known))}")
+        return cls(**{**data, "times": tuple(data["times"])})

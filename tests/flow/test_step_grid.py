@@ -1,0 +1,40 @@
+import pytest
+
+from headrace.flow.solver import SolverSettings
+from headrace.flow.step_grid import GRID_FILE, GridMismatch, StepGrid
+
+TUNED = StepGrid(times=(0.0, 0.07, 0.31, 1.0), source="endpoint", tuned=True, fine_steps=100, samples=64, cost=0.125)
+
+
+def test_a_grid_travels_with_its_model_folder(tmp_path):
+    path = TUNED.save(tmp_path / "model")
+    assert path.name == GRID_FILE and StepGrid.load(tmp_path / "model") == TUNED == StepGrid.load(path)
+    assert [p.name for p in path.parent.iterdir()] == [GRID_FILE]
+
+
+def test_a_tuned_network_is_refused_on_another_grid():
+    TUNED.require(TUNED.settings)
+    for other in (
+        SolverSettings(steps=3),
+        SolverSettings(steps=10),
+        SolverSettings(grid=TUNED.times, method="heun"),
+        SolverSettings(method="dopri5", tolerance=1e-3),
+    ):
+        with pytest.raises(GridMismatch, match=r"straightened for 3 Euler steps at \[0, 0\.07, 0\.31, 1\]"):
+            TUNED.require(other)
+
+
+def test_an_untuned_network_may_be_sampled_anyhow():
+    StepGrid.uniform(4).require(SolverSettings(steps=7, method="heun"))
+
+
+def test_files_that_are_no_grid_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="bellman_grid"):
+        StepGrid.load(tmp_path)
+    path = tmp_path / "x.json"
+    for text, message in (("{", "JSON"), ('{"time": [0, 1]}', "needs `times`"), ('{"times": [0, 0.5]}', "from 0")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            StepGrid.load(path)
+    with pytest.raises(ValueError, match="source"):
+        StepGrid(times=(0.0, 1.0), source="guess")
