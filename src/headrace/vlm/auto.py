@@ -1,0 +1,42 @@
+"""From a name to a vision-language model that answers questions about pictures."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from headrace.vlm.picture import Picture
+
+
+class VisionLanguageModel(Protocol):
+    """What evaluation needs of a model."""
+
+    def answer(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        video: bool = False,
+    ) -> list[str]:
+        """One greedy answer per question about the same pictures (or frames, with `video`), encoded once."""
+
+
+def load_vlm(source: str | os.PathLike[str], *, device: str = "cpu") -> VisionLanguageModel:
+    """A folder or Hub id of a headrace VideoLanguageModel or of any Hugging Face vision-language model.
+
+    Raises:
+        FileNotFoundError, OSError: Nothing there.
+        ValueError: The folder holds another kind of model.
+    """
+    config = Path(source) / "config.json"
+    if config.is_file() and "model" in (written := json.loads(config.read_text())):
+        from headrace.vlm.video_language_model import VideoLanguageModel
+
+        if written["model"] != VideoLanguageModel.__name__:
+            raise ValueError(f"{os.fspath(source)} holds a {written['model']}, which answers no questions")
+        return VideoLanguageModel.from_pretrained(source).to(device)
+    from headrace.vlm.huggingface import HuggingFaceVLM
+
+    return HuggingFaceVLM.from_pretrained(source, device=device)

@@ -1,0 +1,191 @@
+"""Any Hugging Face vision-language model behind one small interface: encode pictures once, answer many questions.
+
+Nothing in transformers is patched: features come from the model's own `get_image_features`, its decoder reads them as
+`inputs_embeds`, and positions come from the model where it has its own rule (multimodal RoPE).
+"""
+# Shape letters in this file: L prompt length, K visual tokens, D width, A position axes.
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.vlm.picture import Picture, as_pictures
+from headrace.vlm.prefill import GreedyConfig, greedy
+from headrace.vlm.prompt import Prompt
+
+PLAIN_TEMPLATE = "USER: {media}\n{question} ASSISTANT:"  # the LLaVA-1.5 form, for processors that bring none
+
+
+class HuggingFaceVLM:
+    """A vision-language model of transformers with its processor.
+
+    Attributes:
+        model: `...ForConditionalGeneration`, in eval mode.
+        processor: Its processor.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model.eval()
+        self.processor = processor
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    ) -> "HuggingFaceVLM":
+        """Load a model id or folder.
+
+        Raises:
+            OSError: Nothing there, with transformers' explanation.
+        """
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device)
+        return cls(model, AutoProcessor.from_pretrained(source))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @torch.no_grad()
+    def answer(
+        self,
+        images: Picture | Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        video: bool = False,
+    ) -> list[str]:
+        """Greedy answers to several questions about the same pictures, which are encoded and read once.
+
+        Args:
+            images: One picture or several, each a PIL image, an array (H, W, 3) uint8 or a path; shown in order, before
+                the question. With `video` they are the frames of one clip.
+            questions: At least one.
+            max_new_tokens: Most tokens per answer.
+
+        Returns:
+            One answer per question, as `model.generate(do_sample=False)` gives it for that question alone.
+
+        Raises:
+            ValueError: No picture or no question.
+            FileNotFoundError: A path without a file.
+        """
+        prompts = self.prompts(images, questions, video=video)
+        written = greedy(self.model, self.model.get_input_embeddings(), prompts, self._greedy_config(max_new_tokens))
+        return [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+    def prompts(
+        self, images: Picture | Sequence[Picture], questions: Sequence[str], *, video: bool = False
+    ) -> list[Prompt]:
+        """The prompts of `answer`: ids expanded by the processor, features of one pass of the encoder."""
+        pictures = as_pictures(images)
+        if not questions:
+            raise ValueError("answer needs at least one question")
+        texts = [self._text(question, len(pictures), video=video) for question in questions]
+        inputs = self._process(texts[0], pictures, video=video)
+        media = self.media_id(video=video)
+        features = self._features(inputs, video=video)
+        rows = self._expanded(texts, inputs["input_ids"][0], media, pictures, video=video)
+        return [self._prompt(ids.to(self.device), features, inputs, media, video=video) for ids in rows]
+
+    def media_id(self, *, video: bool = False) -> int:
+        """Id of the placeholder that features replace."""
+        config = self.model.config
+        name = "video_token_id" if video else "image_token_id"
+        found = getattr(config, name, None)
+        if found is None:
+            raise ValueError(
+                f"{type(self.model).__name__} has no {name}: it takes no {'video' if video else 'pictures'}"
+            )
+        return int(found)
+
+    def _greedy_config(self, max_new_tokens: int) -> GreedyConfig:
+        settings = self.model.generation_config
+        stops = settings.eos_token_id
+        stop_ids = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (int(stops),)
+        return GreedyConfig(
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            repetition_penalty=settings.repetition_penalty or 1.0,
+        )
+
+    def _text(self, question: str, count: int, *, video: bool) -> str:
+        kinds = ["video"] if video else ["image"] * count
+        if getattr(self.processor, "chat_template", None):
+            content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
+            messages = [{"role": "user", "content": content}]
+            return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        token = getattr(self.processor, "video_token" if video else "image_token")
+        return PLAIN_TEMPLATE.format(media=token * len(kinds), question=question)
+
+    def _process(self, text: str, pictures: list[Any], *, video: bool) -> dict[str, Tensor]:
+        media = {"videos": [pictures]} if video else {"images": pictures}
+        inputs = self.processor(text=[text], **media, return_tensors="pt")
+        floating = self.model.dtype
+        return {k: v.to(self.device, floating if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+    def _features(self, inputs: dict[str, Tensor], *, video: bool) -> Tensor:
+        """Projected features of all pictures in order, (K, D)."""
+        extract = self.model.model.get_video_features if video else self.model.model.get_image_features
+        known = inspect.signature(extract).parameters
+        output = extract(**{name: value for name, value in inputs.items() if name in known})
+        found = output.pooler_output
+        parts = list(found) if isinstance(found, list | tuple) else [found]
+        return torch.cat([part.flatten(0, -2) for part in parts])
+
+    def _expanded(
+        self, texts: list[str], first: Tensor, media: int, pictures: list[Any], *, video: bool
+    ) -> list[Tensor]:
+        """Ids of every text with its placeholders expanded as in the first, whose ids the processor made.
+
+        Tokenizers split at special tokens, so the ids between the first and the last placeholder do not depend on the
+        question; where that does not hold for the first text, the processor does all of them.
+        """
+        plain = [self.processor.tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
+        first = first.cpu()
+        places = [torch.nonzero(ids == media)[:, 0] for ids in plain]
+        if all(len(place) for place in places):
+            head, tail = int(places[0][0]), len(plain[0]) - 1 - int(places[0][-1])
+            same = torch.equal(first[:head], plain[0][:head])
+            if same and torch.equal(first[len(first) - tail :], plain[0][len(plain[0]) - tail :]):
+                middle = first[head : len(first) - tail]
+                return [
+                    torch.cat([ids[: place[0]], middle, ids[place[-1] + 1 :]])
+                    for ids, place in zip(plain, places, strict=True)
+                ]
+        return [first] + [self._process(text, pictures, video=video)["input_ids"][0].cpu() for text in texts[1:]]
+
+    def _prompt(self, ids: Tensor, features: Tensor, inputs: dict[str, Tensor], media: int, *, video: bool) -> Prompt:
+        visual = ids == media
+        if int(visual.sum()) != len(features):
+            raise ValueError(
+                f"the prompt has {int(visual.sum())} placeholders and the encoder gave {len(features)} features; "
+                "processor and model are not of one checkpoint"
+            )
+        text = self.model.get_input_embeddings()(ids.masked_fill(visual, 0))
+        embeds = text.masked_scatter(visual[:, None], features.to(text.dtype))
+        return Prompt(ids, embeds, self._positions(ids, visual, embeds, inputs, video=video), visual)
+
+    def _positions(
+        self, ids: Tensor, visual: Tensor, embeds: Tensor, inputs: dict[str, Tensor], *, video: bool
+    ) -> Tensor:
+        """Rotary positions (A, L): the model's own rule where it has one, else 0, 1, 2, ..."""
+        rule = getattr(self.model.model, "compute_3d_position_ids", None)
+        if rule is None:
+            return torch.arange(len(ids), device=ids.device)[None]
+        known = inspect.signature(rule).parameters
+        given = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+        found = rule(
+            input_ids=ids[None],
+            inputs_embeds=embeds[None],
+            attention_mask=None,
+            past_key_values=None,
+            mm_token_type_ids=(visual * (2 if video else 1)).int()[None],
+            **{name: value for name, value in given.items() if name in known},
+        )
+        return found[:, 0]

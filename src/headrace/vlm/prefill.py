@@ -1,0 +1,153 @@
+"""Reading prompts into the cache, and writing greedy continuations from it.
+
+Works with any Hugging Face decoder or vision-language model that takes `inputs_embeds`, `position_ids`, `attention_mask`,
+`past_key_values` and `logits_to_keep`. Several questions about one picture share the prefix up to where they differ: it is
+read once, and its cache is forked.
+"""
+# Shape letters in this file: B rows, L length, V vocabulary, A position axes.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from headrace.vlm.kv_cache import KVCache
+from headrace.vlm.prompt import Prompt, PromptBatch, common_prefix, left_pad
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreedyConfig:
+    """How to write.
+
+    Attributes:
+        max_new_tokens: Most tokens to write per prompt.
+        stop_ids: Any of these ends an answer and is not part of it.
+        repetition_penalty: Divides positive and multiplies negative logits of ids seen so far; 1 is off.
+        chunk: Prompt positions read per pass, None for all at once; bounds memory on long prompts.
+        rows: Most prompts written together.
+    """
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    chunk: int | None = None
+    rows: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk must be at least 1, got {self.chunk}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+
+def read(model: nn.Module, batch: PromptBatch, cache: KVCache, *, past: Tensor, chunk: int | None = None) -> Tensor:
+    """Run prompts through the decoder, filling `cache`.
+
+    Args:
+        model: Decoder or vision-language model.
+        batch: What to read; its rows match the cache's.
+        cache: Grows by L entries.
+        past: bool (B, N), real entries already in the cache.
+        chunk: Positions per pass.
+
+    Returns:
+        Logits after the last position, (B, V).
+    """
+    length = batch.embeds.shape[1]
+    step = chunk or length
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        mask = torch.cat([past, batch.mask[:, :end]], dim=1)
+        output = model(
+            inputs_embeds=batch.embeds[:, start:end],
+            position_ids=batch.positions[..., start:end],
+            attention_mask=None if bool(mask.all()) else mask.long(),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return output.logits[:, -1]
+
+
+def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Push down ids that occurred: `logits` (B, V), `seen` int64 (B, N). Source: CTRL, arXiv 1909.05858, sec. 4.1."""
+    if penalty == 1.0:
+        return logits
+    score = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(score < 0, score * penalty, score / penalty))
+
+
+@torch.no_grad()
+def write(
+    model: nn.Module, embed: nn.Module, logits: Tensor, batch: PromptBatch, cache: KVCache, past: Tensor, *,
+    config: GreedyConfig, seen: Tensor,
+) -> list[list[int]]:  # fmt: skip
+    """Continue every row greedily until it stops.
+
+    Args:
+        model: Decoder. `embed` turns ids into its inputs.
+        logits: After the prompts, (B, V).
+        batch: The prompts' last part; its last positions fix where the text goes on.
+        cache: Holds the prompts. `past`, bool (B, N), marks its real entries.
+        seen: int64 (B, M), ids so far, for the repetition penalty.
+
+    Returns:
+        New ids per row, without the stop id.
+    """
+    stops = torch.tensor(config.stop_ids, dtype=torch.int64, device=logits.device)
+    position = batch.positions[..., -1:].amax(0) if batch.positions.ndim == 3 else batch.positions[..., -1:]
+    written: list[Tensor] = []
+    done = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    while True:
+        chosen = penalised(logits.float(), seen, config.repetition_penalty).argmax(-1, keepdim=True)
+        written.append(chosen)
+        done |= torch.isin(chosen[:, 0], stops)
+        if len(written) == config.max_new_tokens or bool(done.all()):
+            break
+        seen = torch.cat([seen, chosen], dim=1)
+        position = position + 1
+        positions = position.expand(batch.positions.shape[0], -1, -1) if batch.positions.ndim == 3 else position
+        mask = torch.ones_like(chosen, dtype=torch.bool)
+        logits = read(model, PromptBatch(chosen, embed(chosen), positions, mask), cache, past=past)
+        past = torch.cat([past, mask], dim=1)
+    return [_until_stop(row, set(config.stop_ids)) for row in torch.cat(written, dim=1).tolist()]
+
+
+def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
+    return next((ids[:i] for i, token in enumerate(ids) if token in stops), ids)
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, embed: nn.Module, prompts: Sequence[Prompt], config: GreedyConfig) -> list[list[int]]:
+    """Greedy continuations of prompts that share a prefix, such as questions about one picture.
+
+    The shared prefix is read once. The answers are those of reading each prompt alone.
+
+    Returns:
+        New ids per prompt, without the stop id.
+    """
+    shared = common_prefix(prompts) if len(prompts) > 1 else 0
+    trunk = KVCache()
+    if shared:
+        head = left_pad([prompts[0].part(0, shared)])
+        read(model, head, trunk, past=head.mask[:, :0], chunk=config.chunk)
+    answers = []
+    for start in range(0, len(prompts), config.rows):
+        group = prompts[start : start + config.rows]
+        tail = left_pad([p.part(shared) for p in group])
+        cache = trunk.fork(len(group))
+        past = torch.ones(len(group), shared, dtype=torch.bool, device=tail.mask.device)
+        logits = read(model, tail, cache, past=past, chunk=config.chunk)
+        seen = torch.cat([prompts[0].ids[:shared].expand(len(group), -1), _filled(tail)], dim=1)
+        past = torch.cat([past, tail.mask], dim=1)
+        answers += write(model, embed, logits, tail, cache, past, config=config, seen=seen)
+    return answers
+
+
+def _filled(batch: PromptBatch) -> Tensor:
+    """Ids with each row's padding replaced by its own last id, so that padding names nothing new."""
+    return torch.where(batch.mask, batch.ids, batch.ids[:, -1:])
