@@ -5,7 +5,8 @@ import pytest
 import torch
 
 SPECIALS = [
-    "<pad>", "<s>", "</s>", "<image>", "<video>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
+    "<pad>", "<s>", "</s>", "<image>", "<video>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>",
     "<fake_token_around_image>", "<global-img>", "<img>", "</img>", "<IMG_CONTEXT>", "<end_of_utterance>",
     *[f"<row_{r}_col_{c}>" for r in (1, 2) for c in (1, 2)],
 ]  # fmt: skip
@@ -90,9 +91,9 @@ def build_llava_next():
 
 
 QWEN_TEMPLATE = (
-    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}"
-    "{% endfor %} A:"
+    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif c.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %} A:"
 )
 
 
@@ -137,8 +138,8 @@ def build_smolvlm():
     pixels = tf.SmolVLMImageProcessor(size={"longest_edge": 128}, max_image_size={"longest_edge": 64})
     clips = tf.SmolVLMVideoProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 64})
     template = (
-        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
-        "{% endfor %}{% endfor %} A:"
+        "{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %} A:"
     )
     processor = tf.SmolVLMProcessor(pixels, byte_tokenizer(), clips, image_seq_len=16, chat_template=template)
     return tf.SmolVLMForConditionalGeneration(config), processor

@@ -76,7 +76,7 @@ def test_a_saved_model_is_found_by_its_folder(tiny_vlm, picture, tmp_path):
 
 def test_bad_input_is_named(tiny_vlm, picture, tmp_path):
     vlm = HuggingFaceVLM(*tiny_vlm("llava"))
-    with pytest.raises(FileNotFoundError, match="nothing.png"):
+    with pytest.raises(FileNotFoundError, match="no picture at"):
         vlm.answer(tmp_path / "nothing.png", ["?"])
     with pytest.raises(ValueError, match="at least one question"):
         vlm.answer(picture(), [])

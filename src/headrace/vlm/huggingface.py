@@ -99,9 +99,8 @@ class HuggingFaceVLM:
         name = "video_token_id" if video else "image_token_id"
         found = getattr(config, name, None)
         if found is None:
-            raise ValueError(
-                f"{type(self.model).__name__} has no {name}: it takes no {'video' if video else 'pictures'}"
-            )
+            kind = "video" if video else "pictures"
+            raise ValueError(f"{type(self.model).__name__} has no {name}: it takes no {kind}")
         return int(found)
 
     def _greedy_config(self, max_new_tokens: int) -> GreedyConfig:

@@ -1,8 +1,8 @@
 """Reading prompts into the cache, and writing greedy continuations from it.
 
-Works with any Hugging Face decoder or vision-language model that takes `inputs_embeds`, `position_ids`, `attention_mask`,
-`past_key_values` and `logits_to_keep`. Several questions about one picture share the prefix up to where they differ: it is
-read once, and its cache is forked.
+Works with any Hugging Face decoder or vision-language model that takes `inputs_embeds`, `position_ids`,
+`attention_mask`, `past_key_values` and `logits_to_keep`. Several questions about one picture share the prefix up to
+where they differ: it is read once, and its cache is forked.
 """
 # Shape letters in this file: B rows, L length, V vocabulary, A position axes.
 

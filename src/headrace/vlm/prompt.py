@@ -48,7 +48,7 @@ class PromptBatch(NamedTuple):
 
 
 def common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Length of what all prompts begin with alike, at most one less than the shortest, so that each has a last token."""
+    """Length of what all prompts begin with alike; each keeps at least its last token for itself."""
     limit = min(len(p.ids) for p in prompts) - 1
     alike = torch.ones(limit, dtype=torch.bool, device=prompts[0].ids.device)
     for other in prompts[1:]:
