@@ -29,6 +29,7 @@ def stack():
     scene.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_the_oracle_succeeds_on_official_and_random_layouts(name):
     scene = SimplerScene(name, render=False)
@@ -99,6 +100,7 @@ def test_each_port_has_its_finger_friction_and_says_so(port, friction):
     scene.close()
 
 
+@pytest.mark.slow
 def test_what_a_gpu_would_ask_agrees_with_the_contact_list(stack):
     """Impulse that target and fingers do not explain is there exactly when the list shows another contact."""
     stack.reset(1)

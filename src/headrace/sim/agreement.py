@@ -85,7 +85,8 @@ def compare(simulated: Rates, real: Rates) -> list[Agreement]:
             rows.append(Agreement(task, tuple(shared), mean_maximum_rank_violation(s, r), pearson(s, r)))
     if not rows:
         raise ValueError(
-            f"no task has two policies on both sides: simulated {sorted(simulated)}, real {sorted(real)}; names must match"
+            f"no task has two policies on both sides; names must match: simulated {sorted(simulated)}, "
+            f"real {sorted(real)}"
         )
     return rows
 
@@ -109,8 +110,8 @@ def variant_aggregate(rates: Mapping[str, float]) -> float:
     """SIMPLER's variant aggregation: the plain mean over the environments of one task, keyed by variant.
 
     The paper averages the base scene with its backgrounds, lightings, distractor sets and table textures, and leaves
-    camera poses and robot textures out: keys starting with `camera` or `robot` are refused, so that nobody averages them
-    in unawares. Defined for the Google robot only; the Bridge tasks have no variants.
+    camera poses and robot textures out: keys starting with `camera` or `robot` are refused, so that nobody averages
+    them in unawares. Defined for the Google robot only; the Bridge tasks have no variants.
 
     Raises:
         ValueError: No variant, no `base`, or one that the paper leaves out.

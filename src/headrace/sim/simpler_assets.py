@@ -82,6 +82,6 @@ def require_assets(task: SimplerTask, folder: Path | None = None) -> None:
     if gone:
         shown = ", ".join(str(path.relative_to(folder)) for path in gone[:4]) + (", ..." if len(gone) > 4 else "")
         raise AssetsMissing(
-            f"{task.name} needs {len(gone)} files that are not under {folder}: {shown}. Fetch them with `{DOWNLOAD}`, or "
-            f"set MS_ASSET_DIR to the parent of a `data` folder that has them. {LICENCE_NOTE}"
+            f"{task.name} needs {len(gone)} files that are not under {folder}: {shown}. Fetch them with `{DOWNLOAD}`, "
+            f"or set MS_ASSET_DIR to the parent of a `data` folder that has them. {LICENCE_NOTE}"
         )

@@ -262,9 +262,7 @@ class RestoredScene(UnsharedScene):
     def evaluate(self) -> dict[str, torch.Tensor]:
         """Each rule of the original by name, shape (B,) bool; `success` is the rule at this moment."""
         grasped = self.grasped()
-        self.consecutive_grasp = torch.where(
-            grasped, self.consecutive_grasp + 1, torch.zeros_like(self.consecutive_grasp)
-        )
+        self.consecutive_grasp = (self.consecutive_grasp + 1) * grasped
         offset = self._centre(self.source_obj_name) - self._centre(self.target_obj_name)
         half_target, half_source = self.episode_target_obj_bbox_world / 2, self.episode_source_obj_bbox_world / 2
         near = torch.linalg.norm(offset[:, :2], dim=1) <= torch.linalg.norm(half_target[:, :2], dim=1) + 0.003

@@ -103,12 +103,12 @@ class SimplerOracle:
             height = self.heights.hover if self.phase == "above" else self.heights.grasp
             return np.array([centre[0], centre[1], source[2] + height])
         if self.phase == "lift":
-            return self.hold + [0, 0, self.heights.lift]
+            return self.hold + np.array([0, 0, self.heights.lift])
         if self.phase in ("over", "lower"):
             target, carried = self._in_base(self.target).p, centre[:2] - self._hand().p[:2]
             height = self.heights.release + (0.05 if self.phase == "over" else 0.0)
             return np.array([*(target[:2] - carried), target[2] + height])
-        return self.hold + [0, 0, 0.08 if self.phase == "up" else 0.0]
+        return self.hold + np.array([0, 0, 0.08 if self.phase == "up" else 0.0])
 
     def _advance(self, distance: float, angle: float) -> None:
         arrival = ARRIVALS[self.phase]
