@@ -1,0 +1,139 @@
+"""A policy that runs elsewhere: `ws://host:port` as a `headrace.contracts.Policy`. numpy and websockets, no torch."""
+
+import time
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import InvalidHandshake, WebSocketException
+from websockets.sync.client import ClientConnection, connect
+
+from headrace.contracts import ActionChunk, ActionSpec, Observation
+from headrace.robot.wire import Limits, WireError, pack, unpack
+
+
+class ServerUnreachable(ConnectionError):
+    """Nothing answers at the address, or it is no policy server."""
+
+
+class ConnectionLost(ConnectionError):
+    """The server went away during an episode; the episode is lost, the next `reset` connects again."""
+
+
+class ServerRefused(RuntimeError):
+    """The server answered with an error; the connection stays open."""
+
+
+class RemotePolicy:
+    """Policy behind a websocket server of this project or of openpi.
+
+    All observations of one `act` are sent before the first answer is awaited, so the server can batch them.
+
+    Args:
+        url: `ws://host:port` or `wss://host:port`.
+        token: Sent as `Authorization: Api-Key TOKEN`.
+        timeout: Longest wait for one answer, and for the connection [s].
+        spec: Action convention, for a server that does not tell its own (openpi's does not).
+        extra: Entries added to each observation's message.
+
+    Raises:
+        ServerUnreachable: Nobody there, wrong token, or no policy server.
+        ValueError: `url` is no websocket address, or the server tells no action convention and none is given.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str = "",
+        timeout: float = 60.0,
+        spec: ActionSpec | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        if not url.startswith(("ws://", "wss://")):
+            raise ValueError(f"a policy server's address starts with ws:// or wss://, got {url!r}")
+        self.url, self.timeout, self._token, self._extra = url, timeout, token, extra or {}
+        self._limits = Limits(message_bytes=256 << 20, array_bytes=128 << 20)
+        self._starts: dict[int, int] = {}
+        self._connection: ClientConnection | None = None
+        self.metadata: dict[str, Any] = {}
+        self._connect()
+        told = self.metadata.get("action_spec")
+        if told is None and spec is None:
+            raise ValueError(f"{url} does not tell its action convention; pass spec=ActionSpec(...)")
+        self.spec = spec if spec is not None else ActionSpec.from_dict(told)
+
+    def _connect(self) -> None:
+        headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+        try:
+            self._connection = connect(
+                self.url,
+                compression=None,
+                max_size=self._limits.message_bytes,
+                additional_headers=headers,
+                open_timeout=self.timeout,
+                ping_timeout=None,  # a policy may think for longer than a ping waits
+            )
+            greeting = unpack(self._connection.recv(timeout=self.timeout), self._limits)
+        except InvalidHandshake as error:
+            raise ServerUnreachable(f"{self.url} turned us away: {error}; is the token right?") from error
+        except (OSError, TimeoutError, WebSocketException, WireError, TypeError) as error:
+            raise ServerUnreachable(f"no policy server at {self.url}: {type(error).__name__}: {error}") from error
+        if not isinstance(greeting, dict):
+            raise ServerUnreachable(f"{self.url} greets with {type(greeting).__name__}, not with a policy's metadata")
+        self.metadata = greeting
+
+    def reset(self, slot: int, *, seed: int) -> None:
+        """The next observation of `slot` starts an episode; connects again after a lost connection."""
+        if self._connection is None:
+            self._connect()
+        self._starts[slot] = seed
+
+    def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
+        """Actions for each observation.
+
+        Raises:
+            ConnectionLost: The server went away or did not answer in time.
+            ServerRefused: It answered with an error.
+        """
+        if self._connection is None:
+            raise ConnectionLost(f"not connected to {self.url}; call reset first")
+        start = time.perf_counter()
+        try:
+            for observation, slot in zip(observations, slots, strict=True):
+                self._connection.send(pack(self._message(observation, slot)))
+            answers = [self._connection.recv(timeout=self.timeout) for _ in slots]
+        except (OSError, TimeoutError, WebSocketException) as error:
+            self.close()
+            raise ConnectionLost(f"lost {self.url} during an episode: {type(error).__name__}: {error}") from error
+        actions = np.stack([self._actions(answer) for answer in answers])
+        return ActionChunk(actions, (time.perf_counter() - start) * 1e3)
+
+    def _message(self, observation: Observation, slot: int) -> dict[str, Any]:
+        message = {
+            "images": observation.images,
+            "state": np.asarray(observation.state, dtype=np.float32),
+            "prompt": observation.instruction,
+            "slot": slot,
+            **self._extra,
+        }
+        if slot in self._starts:
+            message["start"] = self._starts.pop(slot)
+        return message
+
+    def _actions(self, answer: bytes | str) -> np.ndarray:
+        if isinstance(answer, str):
+            raise ServerRefused(f"{self.url}: {answer[:500]}")
+        content = unpack(answer, self._limits)
+        actions = content.get("actions") if isinstance(content, dict) else None
+        if not isinstance(actions, np.ndarray) or actions.ndim != 2 or actions.shape[1] != self.spec.dim:
+            shape = getattr(actions, "shape", type(actions).__name__)
+            raise ServerRefused(f"{self.url} answered with actions {shape}, wanted (H, {self.spec.dim})")
+        if not np.isfinite(actions).all():
+            raise ServerRefused(f"{self.url} answered with actions that are not finite")
+        return actions.astype(np.float32)
+
+    def close(self) -> None:
+        """Disconnect."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()

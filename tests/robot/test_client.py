@@ -1,0 +1,114 @@
+"""The remote policy: what it says when the other side is absent, wrong, or goes away."""
+
+import threading
+
+import numpy as np
+import pytest
+from websockets.sync.server import serve
+
+from headrace.contracts import ActionSpec, Observation, Policy
+from headrace.robot.client import ConnectionLost, RemotePolicy, ServerRefused, ServerUnreachable
+from headrace.robot.wire import pack
+
+SPEC = ActionSpec(names=("x", "y"), frame="joint", rotation="none", gripper="none", rate=30.0)
+LOOK = Observation(images={}, state=np.zeros(2, np.float32))
+
+
+@pytest.fixture
+def serving():
+    """Start servers that greet and answer as told; stop them at the end."""
+    servers = []
+
+    def start(greeting, *answers):
+        def handler(connection):
+            connection.send(greeting)
+            for answer in answers:
+                connection.recv()
+                if answer is None:
+                    connection.close()
+                    return
+                connection.send(answer)
+
+        server = serve(handler, "127.0.0.1", 0)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+HELLO = pack({"action_spec": SPEC.to_dict()})
+
+
+def test_it_is_a_policy(serving):
+    policy = RemotePolicy(serving(HELLO, pack({"actions": np.ones((3, 2))})))
+    assert isinstance(policy, Policy) and policy.spec == SPEC
+    policy.reset(0, seed=0)
+    chunk = policy.act([LOOK], [0])
+    assert chunk.actions.shape == (1, 3, 2) and chunk.actions.dtype == np.float32 and chunk.milliseconds > 0
+
+
+def test_a_server_without_a_convention_needs_one_given(serving):
+    url = serving(pack({}))
+    with pytest.raises(ValueError, match="spec=ActionSpec"):
+        RemotePolicy(url)
+    assert RemotePolicy(url, spec=SPEC).spec == SPEC
+
+
+def test_nobody_there_and_wrong_greetings_are_named(serving):
+    with pytest.raises(ServerUnreachable, match="no policy server"):
+        RemotePolicy("ws://127.0.0.1:9", timeout=2)
+    with pytest.raises(ServerUnreachable):
+        RemotePolicy(serving(b"\xc1"), timeout=2)
+    with pytest.raises(ServerUnreachable, match="greets with int"):
+        RemotePolicy(serving(pack(3)), timeout=2)
+    with pytest.raises(ValueError, match="ws://"):
+        RemotePolicy("http://127.0.0.1:9")
+
+
+def test_a_connection_lost_in_an_episode_is_said_and_the_next_reset_connects_again(serving):
+    policy = RemotePolicy(serving(HELLO, None))
+    policy.reset(0, seed=0)
+    with pytest.raises(ConnectionLost, match="during an episode"):
+        policy.act([LOOK], [0])
+    with pytest.raises(ConnectionLost, match="call reset"):
+        policy.act([LOOK], [0])
+    policy.url = serving(HELLO, pack({"actions": np.zeros((1, 2))}))
+    policy.reset(0, seed=1)
+    assert policy.act([LOOK], [0]).actions.shape == (1, 1, 2)
+
+
+def test_a_server_that_does_not_answer_in_time_counts_as_lost(serving):
+    quiet = threading.Event()
+
+    def handler(connection):
+        connection.send(HELLO)
+        quiet.wait(3)
+
+    server = serve(handler, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    policy = RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+    policy.timeout = 0.3
+    policy.reset(0, seed=0)
+    with pytest.raises(ConnectionLost, match="Timeout"):
+        policy.act([LOOK], [0])
+    quiet.set()
+    server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("no such camera", "no such camera"),
+        (pack({"actions": np.ones((3, 5))}), r"\(3, 5\), wanted \(H, 2\)"),
+        (pack({"actions": np.full((1, 2), np.nan)}), "not finite"),
+        (pack({"nothing": 1}), "NoneType"),
+    ],
+)
+def test_answers_that_must_not_reach_a_robot_are_refused(serving, answer, why):
+    policy = RemotePolicy(serving(HELLO, answer))
+    policy.reset(0, seed=0)
+    with pytest.raises(ServerRefused, match=why):
+        policy.act([LOOK], [0])
