@@ -8,6 +8,7 @@ from importlib import import_module
 # name: (module:function, one line for `headrace --help`). A dotted name such as "vqa run" is a group and a command.
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
+    "flowlearn score": ("headrace.cli.flowlearn:score", "score predictions in the layout that FlowLearn released"),
 }
 EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 
