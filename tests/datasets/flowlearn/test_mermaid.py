@@ -31,8 +31,37 @@ def test_a_written_graph_reads_back_the_same():
 
 def test_no_text_makes_it_raise():
     rng = random.Random(1)
-    pieces = ["-->", "==>", "-.->", "((", "))", "[", "]", "{", "}", "|", '"', "&", ";", "\n", "A", "b1", "é", " ", "```",
-              "mermaid", "flowchart TD", "subgraph", "end", "%%", "<", ">", "--", "~~~", "\x00", "@{", ":::"]  # fmt: skip
+    pieces = [
+        "-->",
+        "==>",
+        "-.->",
+        "((",
+        "))",
+        "[",
+        "]",
+        "{",
+        "}",
+        "|",
+        '"',
+        "&",
+        ";",
+        "A",
+        "b1",
+        "é",
+        "```",
+        "mermaid",
+        "subgraph",
+        "end",
+        "%%",
+        "<",
+        ">",
+        "--",
+        "~~~",
+        "\x00",
+        "@{",
+        ":::",
+    ]
+    pieces += ["\n", " ", "flowchart TD"]
     for _ in range(10_000):
         parse_mermaid("".join(rng.choices(pieces, k=rng.randint(0, 25))))
 

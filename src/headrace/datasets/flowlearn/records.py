@@ -1,4 +1,4 @@
-"""What a flowchart and a question about it are. Source: FlowLearn (arXiv 2407.05183) and the files its authors released.
+"""What a flowchart and a question about it are. Source: FlowLearn (arXiv 2407.05183) and its released files.
 
 No model and no picture library is imported here; everything is plain data that JSON can hold.
 """

@@ -15,8 +15,11 @@ from headrace.datasets.flowlearn.tasks import Task
 
 READING = "flowlearn-reading-1"  # version of how answers are read; stored with results
 Profile = Literal["paper", "lenient"]
-_NUMBER_WORDS = {word: str(value) for value, word in enumerate(
-    ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen"])}  # fmt: skip
+_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen",
+)  # fmt: skip
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_WORDS)}
 
 
 class Verdict(NamedTuple):

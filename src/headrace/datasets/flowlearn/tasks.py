@@ -1,4 +1,4 @@
-"""The tasks of FlowLearn: their names here, in the authors' files, what kind of answer each wants. Source: spec sec. 5."""
+"""The tasks of FlowLearn: their names here and in the authors' files, and what kind of answer each wants."""
 
 import difflib
 from dataclasses import dataclass
