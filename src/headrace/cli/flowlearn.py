@@ -45,3 +45,55 @@ def score(
     for row in unread[:show_unparsed]:
         print(f"not read: {row.image}: {row.answer[:120]!r}", file=sys.stderr)
     return 0 if rows else 1
+
+
+def generate(
+    *,
+    count: int,
+    out: Path,
+    seed: int = 0,
+    first: int = 0,
+    variant: Literal["word", "char"] = "word",
+    profile: Literal["clean", "released"] = "clean",
+    split: Literal["train", "test"] = "test",
+    renderer: Literal["auto", "mermaid", "graphviz", "pillow"] = "auto",
+    nodes: int | None = None,
+    wordlist: Path | None = None,
+) -> int:
+    """Generate charts with questions like FlowLearn's simulated subset; the same seed gives the same set everywhere.
+
+    Args:
+        count: Number of charts.
+        out: Folder for pictures, questions.jsonl and the release's own file layout.
+        seed: Base seed.
+        first: Number of the first chart, so that train and test do not overlap.
+        variant: `word` labels and three arrow styles, or `char` labels and thick arrows.
+        profile: `clean` labels, or `released` with the original's known flaws, each marked.
+        split: Name of the split.
+        renderer: Mermaid in Chromium where it can run, else Graphviz, else Pillow.
+        nodes: Fixed number of nodes instead of 3 to 10.
+        wordlist: Text file with one word per line for the labels instead of made-up words.
+    """
+    from tqdm import tqdm
+
+    from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
+
+    config = GenerateConfig(
+        count=count,
+        seed=seed,
+        first=first,
+        variant=variant,
+        protocol=profile,
+        split=split,
+        renderer=renderer,
+        nodes=nodes,
+    )
+    words = None
+    if wordlist is not None:
+        words = [word for word in wordlist.read_text(encoding="utf-8").split() if 2 <= len(word) <= 20]
+        if not words:
+            raise ValueError(f"{wordlist} holds no word of 2 to 20 letters")
+    with tqdm(total=count, unit="chart", file=sys.stderr) as bar:
+        path = write_dataset(config, out, words=words, progress=lambda done: bar.update(done - bar.n))
+    print(path)
+    return 0

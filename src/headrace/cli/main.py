@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
     "flowlearn score": ("headrace.cli.flowlearn:score", "score predictions in the layout that FlowLearn released"),
+    "flowlearn generate": ("headrace.cli.flowlearn:generate", "draw charts with questions like the simulated subset"),
 }
 EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 

@@ -1,0 +1,80 @@
+"""Charts to pictures. Three renderers with one interface: Mermaid in Chromium, Graphviz, and a plain Pillow one."""
+
+import shutil
+from typing import Literal, NamedTuple, Protocol
+
+from PIL import Image, ImageDraw
+
+from headrace.datasets.flowlearn.generate import Chart
+from headrace.datasets.flowlearn.records import Graph, Node
+
+RendererName = Literal["auto", "mermaid", "graphviz", "pillow"]
+FILL, BORDER, INK = (236, 236, 255), (147, 112, 219), (51, 51, 51)
+RED = (255, 0, 0)
+
+
+class Picture(NamedTuple):
+    """A drawn chart.
+
+    Attributes:
+        image: RGB at natural size.
+        graph: The chart's graph with the nodes' boxes filled in [px].
+        renderer: Name and version of what drew it; never mix renderers in one table silently.
+    """
+
+    image: Image.Image
+    graph: Graph
+    renderer: str
+
+
+class Renderer(Protocol):
+    """Draws charts until it is closed."""
+
+    name: str
+
+    def draw(self, chart: Chart) -> Picture:
+        """Draw one chart."""
+
+    def close(self) -> None:
+        """Give back what was opened."""
+
+
+def open_renderer(name: RendererName = "auto") -> Renderer:
+    """Open a renderer; `auto` takes Mermaid where it can run, else Graphviz, else Pillow.
+
+    Raises:
+        FileNotFoundError: The named renderer lacks its program; says which.
+    """
+    from headrace.datasets.flowlearn.render_graphviz import GraphvizRenderer
+    from headrace.datasets.flowlearn.render_mermaid import MermaidRenderer, mermaid_is_here
+    from headrace.datasets.flowlearn.render_pillow import PillowRenderer
+
+    if name == "auto":
+        name = "mermaid" if mermaid_is_here() else "graphviz" if shutil.which("dot") else "pillow"
+    classes = {"mermaid": MermaidRenderer, "graphviz": GraphvizRenderer, "pillow": PillowRenderer}
+    if name not in classes:
+        raise ValueError(f"unknown renderer {name!r} (known: auto, {', '.join(classes)})")
+    return classes[name]()
+
+
+def with_boxes(graph: Graph, boxes: dict[str, tuple[float, ...]]) -> Graph:
+    """The graph with `boxes[id]` in its nodes."""
+    return Graph(
+        nodes=tuple(Node(n.id, n.label, tuple(round(x, 2) for x in boxes[n.id])) for n in graph.nodes),
+        edges=graph.edges,
+        direction=graph.direction,
+    )
+
+
+def colour(background: str) -> tuple[int, int, int]:
+    """Six hexadecimal digits as RGB."""
+    return int(background[:2], 16), int(background[2:4], 16), int(background[4:6], 16)
+
+
+def draw_red_box(picture: Picture, node: str, *, width: int = 3) -> Image.Image:
+    """A copy with a red rectangle around one node: the picture of the OCR task."""
+    x0, y0, x1, y1 = next(n.box for n in picture.graph.nodes if n.id == node)
+    copy = picture.image.copy()
+    corners = [max(0, x0 - 2), max(0, y0 - 2), min(copy.width - 1, x1 + 2), min(copy.height - 1, y1 + 2)]
+    ImageDraw.Draw(copy).rectangle(corners, outline=RED, width=width)
+    return copy
