@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from headrace.flow.blockwise import feature_residual_loss, integrate_blockwise
+from headrace.flow.solver import NonFiniteVelocity, integrate
+
+BORDERS = (0.0, 0.3, 1.0)
+
+
+class Parts:
+    """Features are the time itself, so every approximation can be worked out by hand."""
+
+    def __init__(self):
+        self.trunk_calls = 0
+        self.seen = []
+
+    def features(self, x, t):
+        self.trunk_calls += 1
+        return t[:, None].expand(-1, x.shape[1]).clone()
+
+    def residual(self, x, t):  # the change from start to end of the segment that t lies in
+        return torch.where(t < 0.3, 0.3, 0.7)[:, None].expand_as(x)
+
+    def velocity(self, x, t, features, segment):
+        self.seen.append((segment, round(t[0].item(), 4), round(features[0, 0].item(), 4)))
+        return features * (segment + 1.0)
+
+
+def test_each_mode_sees_the_features_it_promises():
+    x = torch.zeros(2, 3)
+    seen = {}
+    for mode in ("full", "residual", "hold"):
+        parts = Parts()
+        integrate_blockwise(parts, x, borders=BORDERS, steps_per_segment=2, mode=mode)
+        assert parts.trunk_calls == (4 if mode == "full" else 2)
+        seen[mode] = parts.seen
+    assert seen["full"] == [(0, 0.0, 0.0), (0, 0.15, 0.15), (1, 0.3, 0.3), (1, 0.65, 0.65)]
+    assert seen["residual"] == seen["full"]  # this residual is exact
+    assert seen["hold"] == [(0, 0.0, 0.0), (0, 0.15, 0.0), (1, 0.3, 0.3), (1, 0.65, 0.3)]
+
+
+def test_one_step_a_segment_needs_no_residual_and_equals_euler_on_the_borders():
+    parts = Parts()
+    x = torch.ones(2, 3)
+    ends = [integrate_blockwise(parts, x, borders=BORDERS, steps_per_segment=1, mode=m) for m in ("full", "residual")]
+    plain = integrate(lambda s, t: torch.where(t < 0.3, t, 2 * t)[:, None].expand_as(s), x, grid=BORDERS)
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], plain)
+
+
+def test_residual_loss_vanishes_for_the_exact_residual_and_sends_no_gradient_to_the_trunk(draw):
+    noise, data = torch.randn(2, 64, 3, generator=draw)
+    assert feature_residual_loss(Parts(), noise, data, borders=BORDERS, generator=draw).item() < 1e-10
+    parts, weight = Parts(), torch.nn.Parameter(torch.ones(1))
+    parts.features = lambda x, t: x * weight
+    parts.residual = lambda x, t: x * 0
+    assert not feature_residual_loss(parts, noise, data, borders=BORDERS, generator=draw).requires_grad
+
+
+def test_bad_input_is_refused():
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="full, residual, hold"):
+        integrate_blockwise(Parts(), x, borders=BORDERS, steps_per_segment=1, mode="guess")
+    with pytest.raises(ValueError, match="at least 1"):
+        integrate_blockwise(Parts(), x, borders=BORDERS, steps_per_segment=0)
+    with pytest.raises(ValueError, match="rise"):
+        integrate_blockwise(Parts(), x, borders=(1.0, 0.0), steps_per_segment=1)
+    parts = Parts()
+    parts.velocity = lambda x, t, features, segment: x / 0 * 0
+    with pytest.raises(NonFiniteVelocity, match="step 0"):
+        integrate_blockwise(parts, x, borders=BORDERS, steps_per_segment=2)
