@@ -10,6 +10,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
     "flowlearn score": ("headrace.cli.flowlearn:score", "score predictions in the layout that FlowLearn released"),
     "flowlearn generate": ("headrace.cli.flowlearn:generate", "draw charts with questions like the simulated subset"),
+    "vqa run": ("headrace.cli.vqa:run", "score a vision-language model on flowcharts, pruned or not"),
+    "vqa compare": ("headrace.cli.vqa:compare", "two runs on the same questions, with paired intervals"),
+    "vqa merge": ("headrace.cli.vqa:merge", "join the shards of a run"),
+    "vqa report": ("headrace.cli.vqa:report", "one self-contained HTML page about runs"),
 }
 EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 

@@ -1,0 +1,99 @@
+"""Open a model for a run, with or without pruning, and tell models apart by what is in their files."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from headrace.vlm.pruning.budget import Budget
+from headrace.vlm.vqa_run import Answerer
+
+_HEAD = 1 << 20  # bytes of each weights file that go into the fingerprint, beside its size
+
+
+def model_name(source: str) -> str:
+    """`source` with a fingerprint of its files when it is a folder, so that another checkpoint under one name shows."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return source
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"):
+            digest.update(f"{path.name}:{path.stat().st_size}".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_HEAD))
+    return f"{folder.name}@{digest.hexdigest()[:12]}"
+
+
+def budget_of(keep: float) -> Budget:
+    """A whole number from 1 on is a number of tokens, anything below 1 a share.
+
+    Raises:
+        ValueError: Not above 0, or above 1 and not whole.
+    """
+    if keep >= 1 and keep == int(keep):
+        return Budget(tokens=int(keep))
+    return Budget(share=keep)
+
+
+def pruning_of(method: str | None, keep: float | None) -> Any:
+    """Settings of `--prune METHOD --keep N`, or None for no pruning.
+
+    Raises:
+        ValueError: One of the two without the other, an unknown method, a budget that cannot be.
+    """
+    if method is None and keep is None:
+        return None
+    if method is None or keep is None:
+        raise ValueError("--prune METHOD and --keep N go together")
+    from headrace.vlm.pruning.auto import pruning_config
+
+    return pruning_config(method, budget_of(keep))
+
+
+def pruning_identity(pruning: Any) -> dict[str, Any] | None:
+    """JSON-ready form of the settings for `run.json`."""
+    if pruning is None:
+        return None
+    from headrace.vlm.pruning.auto import pruning_to_dict
+
+    return json.loads(json.dumps(pruning_to_dict(pruning)))
+
+
+def opener(source: str, *, device: str, pruning: Any) -> Callable[[], Answerer]:
+    """A function that opens the model; nothing is loaded before it is called.
+
+    Raises (when called):
+        ValueError: The model takes no pruning.
+        FileNotFoundError, OSError: No such model.
+    """
+
+    def open_it() -> Answerer:
+        from headrace.vlm.auto import load_vlm
+
+        model: Any = load_vlm(source, device=device)
+        if pruning is not None:
+            set_pruning(model, pruning)
+        return model
+
+    return open_it
+
+
+def set_pruning(model: Any, pruning: Any) -> None:
+    """Give an open model other pruning settings; None switches pruning off.
+
+    Raises:
+        ValueError: The model takes none.
+    """
+    if not hasattr(model, "pruning"):
+        raise ValueError(f"{type(model).__name__} takes no pruning; use a model with a vision encoder")
+    model.pruning = pruning
+
+
+def kept_tokens(model: Any) -> tuple[list[int], int] | None:
+    """Which visual tokens of the last picture stayed (raster order), and of how many; None when nothing was pruned."""
+    report = getattr(model, "report", None)
+    if report is None or not getattr(report, "kept", None):
+        return None
+    return list(report.kept[0]), int(report.units[0])
