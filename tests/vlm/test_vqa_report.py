@@ -1,0 +1,106 @@
+"""The report is one file that needs nothing else, and shows what was measured."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from headrace.datasets.flowlearn.browser import Browser, find_browser
+from headrace.datasets.flowlearn.mermaid import format_mermaid
+from headrace.datasets.flowlearn.prompts import find_prompts
+from headrace.datasets.flowlearn.records import Edge, Graph, Node
+from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
+from headrace.vlm.vqa_charts import Series, line_chart
+from headrace.vlm.vqa_data import load_task
+from headrace.vlm.vqa_gallery import EXTRA, MISSING, RIGHT, graph_difference, grid_of, kept_overlay
+from headrace.vlm.vqa_report import write_report
+from headrace.vlm.vqa_run import run, run_identity
+
+PROMPTS = find_prompts("headrace-1")
+
+
+class Noisy:
+    """Gives the reference, or nonsense on every `every`-th question."""
+
+    def __init__(self, tasks, every):
+        self.rows, self.every, self.count = tasks.questions, every, 0
+
+    def answer(self, images, questions, *, max_new_tokens):
+        answers = []
+        for text in questions:
+            self.count += 1
+            found = next(q for q in self.rows if str(images).endswith(q.image) and PROMPTS.ask(q) == text)
+            answers.append("<b>?</b>" if self.count % self.every == 0 else found.answer)
+        return answers
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    data, out = tmp_path_factory.mktemp("charts"), tmp_path_factory.mktemp("runs")
+    write_dataset(GenerateConfig(count=5, seed=9, renderer="pillow"), data)
+    tasks = load_task("flowlearn/sim-word", data)
+    folders = []
+    for every, tokens in ((7, None), (4, 64), (3, 32)):
+        pruning = tokens and {"pruning": "FlowCutConfig", "budget": {"tokens": tokens, "share": None}}
+        folder = out / f"keep-{tokens}"
+        identity = run_identity(tasks, PROMPTS, model="fake", pruning=pruning, data=data, split="test")
+        model = Noisy(tasks, every)
+        run(tasks, lambda m=model: m, data=data, out=folder, identity=identity, prompts=PROMPTS)
+        if tokens:
+            row = {"image": tasks.questions[0].image, "kept": list(range(tokens)), "of": 576}
+            (folder / "pictures.jsonl").write_text(json.dumps(row) + "\n")
+        folders.append(folder)
+    return write_report(folders, out / "report.html", data=data), folders
+
+
+def test_page_is_self_contained_and_escaped(page):
+    text = page[0].read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", text) and "<script" not in text
+    assert "&lt;b&gt;?&lt;/b&gt;" in text and "<b>?</b>" not in text
+    for wanted in ("Pruning sweep", "By number of nodes", "True and false", "Graphs:", "Kept tokens:", "prompt_hash"):
+        assert wanted in text
+
+
+def test_tables_beside_the_page_hold_the_measured_scores(page):
+    path, folders = page
+    rows = path.with_suffix(".csv").read_text().splitlines()
+    results = json.loads((folders[0] / "results.json").read_text())
+    assert len(rows) == 1 + 3 * len(results["tasks"])
+    assert f",num_nodes,{results['tasks']['num_nodes']['score']}," in rows[1]
+    assert path.with_suffix(".md").read_text().count("\n") == len(rows) + 1
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium")
+def test_page_opens_in_a_browser(page):
+    with Browser() as browser:
+        browser.open(page[0].resolve().as_uri())
+        assert browser.evaluate("document.querySelectorAll('h2').length") >= 8
+        assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert browser.evaluate("document.querySelectorAll('svg polyline').length") > 20
+
+
+def test_graph_difference_colours_each_link_once():
+    nodes = tuple(Node(k, k) for k in "abc")
+    want = Graph(nodes=nodes, edges=(Edge("a", "b"), Edge("b", "c")))
+    got = Graph(nodes=nodes, edges=(Edge("a", "b"), Edge("c", "b")))
+    drawn = graph_difference(format_mermaid(got), format_mermaid(want))
+    for colour in (RIGHT, MISSING, EXTRA):
+        assert len(re.findall(rf'<line [^>]*stroke="{colour}"', drawn)) == 1
+
+
+def test_overlay_washes_out_what_was_dropped(tmp_path):
+    path = tmp_path / "black.png"
+    Image.new("RGB", (80, 80)).save(path)
+    assert "2 of 16 tokens" in kept_overlay(path, [0, 5], 16)
+    assert grid_of(576, (900, 300)) == (24, 24) and grid_of(12, (400, 300)) == (4, 3)
+
+
+def test_a_chart_without_points_is_empty():
+    assert line_chart("x", [Series("a", [])], x_label="", y_label="") == ""
+
+
+def test_an_unfinished_run_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no results\.json"):
+        write_report([tmp_path], tmp_path / "r.html")
