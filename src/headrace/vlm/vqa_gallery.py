@@ -33,7 +33,7 @@ def thumbnail(path: Path, *, longest: int = THUMBNAIL) -> str:
 
 
 def grid_of(count: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Columns and rows of `count` tokens over a picture: square where it can be, else closest to the picture's shape."""
+    """Columns and rows of `count` tokens on a picture: square if it can be, else closest to the picture's shape."""
     side = math.isqrt(count)
     if side * side == count:
         return side, side
