@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headrace.nn.patch_flow import PatchFlow, PatchFlowConfig, fat_lognormal_time, power_grid
+from headrace.nn.patch_flow import PatchFlow, PatchFlowConfig, power_grid
 from headrace.nn.time_embedding import sinusoid_features
 
 
@@ -40,12 +40,6 @@ def test_power_grid_is_uniform_at_one_and_fine_near_data_below():
     quarter = power_grid(4, 0.25)
     assert quarter[0] == 0 and quarter[-1] == 1
     assert quarter[1] - quarter[0] > quarter[-1] - quarter[-2]
-
-
-def test_fat_lognormal_has_the_share_below_a_tenth_that_its_law_gives():
-    t = fat_lognormal_time(200_000, generator=torch.Generator().manual_seed(0))
-    wanted = 0.9 * 0.01400 + 0.1 * 0.1  # Phi(logit 0.1) = Phi(-2.197)
-    assert (t < 0.1).float().mean().item() == pytest.approx(wanted, abs=1e-3)
 
 
 def test_sinusoids_are_cosine_first_and_scaled():

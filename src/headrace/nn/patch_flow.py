@@ -7,7 +7,6 @@ Source: UniFlow (arXiv 2510.10575; ZhengrongYue/UniFlow, modeling_uniflow.py), a
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from headrace.nn.shapes import expect_shape
@@ -128,20 +127,3 @@ def power_grid(steps: int, power: float = 1.0) -> tuple[float, ...]:
     if steps < 1 or power <= 0:
         raise ValueError(f"steps must be at least 1 and power positive, got steps={steps}, power={power}")
     return tuple(1.0 - ((steps - k) / steps) ** (1.0 / power) for k in range(steps + 1))
-
-
-def fat_lognormal_time(
-    count: int,
-    *,
-    uniform_share: float = 0.1,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Sigmoid of a normal draw, replaced by a uniform one with probability `uniform_share`. Shape (count,).
-
-    Source: FlowMo, named `fat_lognormal` there and in UniFlow's class.
-    """
-    centred = torch.sigmoid(torch.randn(count, generator=generator, device=device))
-    flat = torch.rand(count, generator=generator, device=device)
-    replace = torch.rand(count, generator=generator, device=device) < uniform_share
-    return torch.where(replace, flat, centred)

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from headrace.flow.loss import flow_matching_loss
 from headrace.flow.path import straight_path
-from headrace.flow.time import logit_normal_time, uniform_time
+from headrace.flow.time import fat_logit_normal_time, logit_normal_time, uniform_time
 from headrace.nn.distill import LayerwiseDistillation
-from headrace.nn.patch_flow import fat_lognormal_time
 from headrace.nn.patches import patchify
 from headrace.tokenizers.uniflow import UniFlow
 
 TIME_BINS = 4
-TIME_LAWS = {"fat_lognormal": fat_lognormal_time, "lognormal": logit_normal_time, "uniform": uniform_time}
+TIME_LAWS = {"fat_lognormal": fat_logit_normal_time, "lognormal": logit_normal_time, "uniform": uniform_time}
 
 
 class UniFlowTerms(NamedTuple):
@@ -58,8 +57,8 @@ def draw_times(model: UniFlow, batch: int, count: int, generator: torch.Generato
     """Training times of all patches, (B * N,), by the law and the grouping of the model's config."""
     law = TIME_LAWS[model.config.time_sampling]
     if model.config.time_per == "patch":
-        return law(batch * count, generator=generator).to(model.device)
-    return law(batch, generator=generator).to(model.device).repeat_interleave(count)
+        return law(batch * count, generator=generator, device=model.device)
+    return law(batch, generator=generator, device=model.device).repeat_interleave(count)
 
 
 def uniflow_loss(
@@ -75,7 +74,7 @@ def uniflow_loss(
         model: In training mode.
         images: Normalised images, (B, 3, H, W); both the encoder's input and the flow's target.
         distillation: Holds the frozen teacher; None trains on pixels alone.
-        generator: CPU generator of times and noise.
+        generator: Of times and noise, on the model's device.
 
     Raises:
         ValueError: As `UniFlow.grid_of`, or a distillation weight above 0 without a distillation.
@@ -93,7 +92,7 @@ def uniflow_loss(
     target = patchify(images.float() * config.target_scale, config.encoder.patch)
     batch, count, length = target.shape
     t = draw_times(model, batch, count, generator)
-    noise = torch.randn(batch * count, length, generator=generator).to(target)
+    noise = torch.randn(batch * count, length, generator=generator, device=target.device)
     sample = straight_path(noise, target.flatten(0, 1), t)
     velocity = model.flow_head(sample.x_t.to(condition.dtype), t, condition)
     flow = flow_matching_loss(velocity, sample.target)
