@@ -12,6 +12,7 @@ from headrace.tokenizers.base import Tokenizer
 TOKENIZERS = {
     "tokenflow": "headrace.tokenizers.tokenflow:TokenFlow",
     "uniflow": "headrace.tokenizers.uniflow:UniFlow",
+    "flowtok": "headrace.tokenizers.flowtok:FlowTok",
 }
 
 
