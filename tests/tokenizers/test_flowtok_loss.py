@@ -106,6 +106,7 @@ def test_image_to_text_leaves_the_text_tokenizer_alone(model):
     assert all(p.grad is None for p in (*bridge.projector.parameters(), *bridge.decoder.parameters()))
 
 
+@pytest.mark.slow
 def test_the_source_collapses_without_its_divergence_and_not_with_it():
     spreads = {}
     for weight in (0.3, 1e-4):
