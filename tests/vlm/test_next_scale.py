@@ -1,0 +1,159 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from headrace.nn.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
+from headrace.vlm.next_scale import HeadNorm, NextScaleConfig, NextScaleGenerator
+from headrace.vlm.next_scale_sampling import Sampling, draw, generate_codes
+
+CONFIG = NextScaleConfig.tiny()
+PROMPTS = [[3, 9, 14, 2], [7, 2]]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    model = NextScaleGenerator(CONFIG).eval()
+    with torch.no_grad():
+        model.language.lm_head.weight.normal_(std=0.5)  # the initial 0.02 makes all codes about equally likely
+        model.language.model.embed_tokens.weight.normal_()
+    quantizer = MultiScaleQuantizer(MultiScaleConfig(scales=CONFIG.scales, dims=(16, 8), codes=CONFIG.codes)).eval()
+    return model, quantizer
+
+
+@pytest.fixture(scope="module")
+def codes():
+    return torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("sampling", [Sampling.greedy(), Sampling.greedy(passes=3, guidance=2.0)])
+def test_cache_gives_identical_greedy_codes(parts, sampling):
+    model, quantizer = parts
+    prompt, nothing = model.pad(PROMPTS), model.pad([[2], [2]])
+    runs = [
+        generate_codes(model, quantizer, prompt, unconditional=nothing, sampling=sampling, cached=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*runs)
+    assert runs[0].shape == (2, 30) and len(runs[0].unique()) > 5
+    assert not torch.equal(runs[0][0], runs[0][1])
+
+
+def test_refinement_and_guidance_change_the_codes(parts):
+    model, quantizer = parts
+    prompt, nothing = model.pad(PROMPTS), model.pad([[2], [2]])
+    plain = generate_codes(model, quantizer, prompt, sampling=Sampling.greedy())
+    refined = generate_codes(model, quantizer, prompt, sampling=Sampling.greedy(passes=2))
+    guided = generate_codes(model, quantizer, prompt, unconditional=nothing, sampling=Sampling.greedy(guidance=5.0))
+    assert torch.equal(plain[:, :1], refined[:, :1]) and torch.equal(plain[:, :1], guided[:, :1])
+    assert not torch.equal(plain, refined) and not torch.equal(plain, guided)
+
+
+def test_one_pass_over_all_scales_equals_the_scales_one_by_one(parts):
+    model, quantizer = parts
+    prompt = model.pad(PROMPTS)
+    codes = generate_codes(model, quantizer, prompt, sampling=Sampling.greedy())
+    with torch.no_grad():
+        logits = model.image_logits(prompt, quantizer.next_scale_inputs(codes))
+    assert torch.equal(logits.argmax(-1), codes)
+
+
+def test_a_scale_sees_itself_and_what_is_before_but_not_later_scales(parts):
+    model, _ = parts
+    prompt = model.pad(PROMPTS)
+    torch.manual_seed(2)
+    rows = torch.randn(2, 29, 24)
+    changed = rows.clone()
+    changed[:, 12] += 1  # a row of the third scale: codes 5..13 are rows 4..12
+    with torch.no_grad():
+        difference = (model.image_logits(prompt, rows) - model.image_logits(prompt, changed)).abs().amax((0, 2))
+    assert difference[:5].max() == 0
+    assert difference[5:].min() > 0
+
+
+def test_filling_on_the_left_changes_nothing(parts):
+    model, _ = parts
+    torch.manual_seed(3)
+    rows = torch.randn(1, 29, 24)
+    with torch.no_grad():
+        alone = model.image_logits(model.pad([PROMPTS[1]]), rows)
+        filled = model.image_logits(model.pad(PROMPTS), rows.expand(2, -1, -1))[1:]
+    torch.testing.assert_close(alone, filled, rtol=1e-4, atol=1e-4)
+
+
+def test_loss_is_the_cross_entropy_of_the_one_pass_logits(parts, codes):
+    model, quantizer = parts
+    prompt = model.pad(PROMPTS)
+    with torch.no_grad():
+        loss = model.loss(prompt, codes, quantizer)
+        rows = quantizer.next_scale_inputs(codes)
+        embeds = torch.cat([model.embed_prompt(prompt), model.embed_rows(rows, start=1)], dim=1)
+        positions = torch.stack([torch.arange(33), torch.cat([torch.zeros(2).long(), torch.arange(31)])])
+        hidden = model.hidden(embeds, model.mask(prompt.real, 29), positions)
+        logits = model.language.lm_head(hidden[:, 3:])
+    wanted = F.cross_entropy(logits.transpose(1, 2), codes + CONFIG.text_vocab)
+    torch.testing.assert_close(loss.codes, wanted)
+    assert loss.total != loss.codes  # the end id is predicted, too
+
+
+def test_training_fits_a_picture(codes):
+    torch.manual_seed(0)
+    model = NextScaleGenerator(NextScaleConfig.tiny())
+    quantizer = MultiScaleQuantizer(MultiScaleConfig(scales=CONFIG.scales, dims=(16, 8), codes=CONFIG.codes))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    prompt = model.pad(PROMPTS)
+    for _ in range(50):
+        loss = model.loss(prompt, codes, quantizer).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
+    drawn = generate_codes(model, quantizer, prompt, sampling=Sampling.greedy())
+    assert (drawn == codes).float().mean() > 0.5  # chance is 1 in 256
+
+
+def test_filters_keep_what_they_promise():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(4000, 1, 4)
+    generator = torch.Generator().manual_seed(0)
+    seen = [
+        set(draw(logits, top_k=k, top_p=p, generator=generator).flatten().tolist())
+        for k, p in ((4, 0.0), (3, 0.0), (4, 0.69), (4, 0.71), (1, 0.5), (9, 1.0))
+    ]
+    assert seen == [{0, 1, 2, 3}, {0, 1, 2}, {0, 1}, {0, 1, 2}, {0}, {0, 1, 2, 3}]
+
+
+def test_head_norm_normalises_each_head():
+    normed = HeadNorm(8)(torch.randn(2, 3, 32) * 5)
+    torch.testing.assert_close(normed.unflatten(-1, (4, 8)).square().mean(-1), torch.ones(2, 3, 4), rtol=1e-3, atol=0)
+
+
+def test_saved_generator_gives_the_same_codes(parts, tmp_path):
+    model, quantizer = parts
+    model.save_pretrained(tmp_path)
+    again = NextScaleGenerator.from_pretrained(tmp_path)
+    prompt = model.pad(PROMPTS)
+    runs = [generate_codes(m, quantizer, prompt, sampling=Sampling.greedy()) for m in (model, again)]
+    assert torch.equal(*runs)
+
+
+def test_published_size():
+    with torch.device("meta"):
+        model = NextScaleGenerator(NextScaleConfig.llama2_7b())
+    count = sum(p.numel() for p in model.parameters())
+    assert 7.0e9 < count < 7.06e9  # the release has 7.03 billion
+    assert sum(model.config.counts) == 817
+
+
+def test_bad_input_is_named(parts):
+    model, quantizer = parts
+    with pytest.raises(ValueError, match="unconditional"):
+        generate_codes(model, quantizer, model.pad(PROMPTS))
+    with pytest.raises(ValueError, match=r"ids in 0\.\.63"):
+        model.pad([[64]])
+    other = MultiScaleQuantizer(MultiScaleConfig(scales=(1, 2, 4), dims=(16, 8), codes=256))
+    with pytest.raises(ValueError, match=r"\(1, 2, 3, 4\)"):
+        generate_codes(model, other, model.pad(PROMPTS), sampling=Sampling.greedy())
+    with pytest.raises(ValueError, match="per pass"):
+        Sampling(top_k=(1, 2), top_p=(0.0,))
+    with pytest.raises(ValueError, match="begin with 1"):
+        NextScaleConfig(scales=(2, 4))
