@@ -127,9 +127,9 @@ def test_restart_brings_dead_codes_back(quantizer):
     before = quantizer(features)
     before.vector_loss.backward()
     optimizer.step()
-    restart = CodeRestart(quantizer, every=2)
-    assert restart.after_step(before.codes, before.queries, optimizer) == 0
-    moved = restart.after_step(before.codes, before.queries, optimizer)
+    restart = CodeRestart(CONFIG.codes, every=2)
+    assert restart.after_step(quantizer, before.codes, before.queries, optimizer) == 0
+    moved = restart.after_step(quantizer, before.codes, before.queries, optimizer)
     used = before.codes.unique()
     assert moved == CONFIG.codes - len(used)
     dead = [row for row in range(CONFIG.codes) if row not in used]

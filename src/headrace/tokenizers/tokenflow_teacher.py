@@ -1,0 +1,78 @@
+"""What the semantic half is taught: features of a frozen vision network on the tokenizer's grid."""
+
+import copy
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headrace.nn.perceptual import EFFICIENTNET_WIDTHS, EfficientNetLite0, Frozen
+from headrace.tokenizers.tokenflow_semantic import CLIP_MEAN, CLIP_STD, SemanticTower, TowerConfig, normalise
+
+# The published weights that towers start from and teachers keep.
+PRETRAINED = {
+    "clip": "vit_base_patch16_clip_quickgelu_224.openai",
+    "vitamin": "vitamin_xlarge_256.datacomp1b_clip",
+    "siglip": "vit_so400m_patch14_siglip_384.webli",
+}
+
+
+class TowerTeacher(Frozen):
+    """A frozen copy of the tower as it was before training.
+
+    The `clip` tower's teacher sees pictures with CLIP's mean and std (the student does not) and its features go through
+    CLIP's projection; the others give what the student's tower gives.
+
+    Args:
+        tower: The tower with pretrained weights; it is copied.
+        projection: CLIP's projection, shape (teacher, width); only for `clip`.
+    """
+
+    def __init__(self, tower: SemanticTower, projection: Tensor | None = None) -> None:
+        super().__init__()
+        if (projection is None) == (tower.config.family == "clip"):
+            raise ValueError(f"a projection is for the clip tower and only for it, the tower is {tower.config.family}")
+        self.tower = copy.deepcopy(tower)
+        self.register_buffer("projection", projection, persistent=True)
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, size, size) in [-1, 1] to features (B, g * g, T)."""
+        if self.projection is None:
+            return self.tower(images)
+        return F.linear(self.tower(normalise(images, CLIP_MEAN, CLIP_STD)), self.projection)
+
+
+class EfficientNetTeacher(Frozen):
+    """Features of EfficientNet-Lite0 at 1/16 of its input, for training without a network connection.
+
+    Args:
+        net: The network; its `side` should be 16 times `grid`, otherwise its map is averaged to the grid.
+        grid: Side of the tokenizer's grid.
+    """
+
+    width = EFFICIENTNET_WIDTHS[3]
+
+    def __init__(self, net: EfficientNetLite0, *, grid: int) -> None:
+        super().__init__()
+        self.net, self.grid = net, grid
+        self.freeze()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to features (B, g * g, 112)."""
+        features = self.net.stages(images)[3]
+        if features.shape[-1] < self.grid:
+            features = F.interpolate(features, size=(self.grid, self.grid), mode="bilinear")
+        return F.adaptive_avg_pool2d(features, self.grid).flatten(2).transpose(1, 2)
+
+
+def pretrained_teacher(tower: SemanticTower, config: TowerConfig) -> TowerTeacher:
+    """Load published weights into `tower` (through timm, from its cache or the Hub) and copy it as the teacher."""
+    full = timm.create_model(PRETRAINED[config.family], pretrained=True)
+    projection = full.head.weight.detach().clone() if isinstance(full.head, nn.Linear) else None
+    state = full.state_dict()
+    tower.model.load_state_dict({name: state[name] for name in tower.model.state_dict()})
+    return TowerTeacher(tower, projection if config.family == "clip" else None)
