@@ -1,0 +1,123 @@
+"""Time of one sampling by headrace, diffusers and torchcfm (torchdyn) on the same network, interleaved in one run.
+
+    python benchmarks/flow_speed.py --rounds 30
+
+Medians with the interquartile range; the network's own time is measured as well, so what is left is the sampler's.
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from headrace.flow.solver import integrate
+
+STEPS = 10
+
+
+class Network(nn.Module):
+    """A small velocity network over (B, 64) states."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(65, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 64)
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity from noise to data."""
+        return self.layers(torch.cat([x, t[:, None]], 1))
+
+
+def ours(network: Network) -> Callable[[Tensor], Tensor]:
+    """headrace, Euler."""
+    return lambda x: integrate(network, x, steps=STEPS)
+
+
+def network_only(network: Network) -> Callable[[Tensor], Tensor]:
+    """Ten calls of the network and nothing else: the floor."""
+    times = [torch.full((1,), k / STEPS) for k in range(STEPS)]
+
+    def run(x: Tensor) -> Tensor:
+        for t in times:
+            network(x, t.expand(len(x)))
+        return x
+
+    return run
+
+
+def diffusers_euler(network: Network) -> Callable[[Tensor], Tensor]:
+    """diffusers' flow-matching Euler scheduler; its time is the noise level, so the velocity is turned round."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+
+    def run(x: Tensor) -> Tensor:
+        scheduler.set_timesteps(sigmas=[1.0 - k / STEPS for k in range(STEPS)])
+        for t in scheduler.timesteps:
+            time_ours = (1.0 - t / 1000.0).expand(len(x))
+            x = scheduler.step(-network(x, time_ours), t, x).prev_sample
+        return x
+
+    return run
+
+
+def torchcfm_euler(network: Network) -> Callable[[Tensor], Tensor]:
+    """torchdyn's NeuralODE as torchcfm's examples use it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torchdyn.core import NeuralODE
+
+    class Wrapped(nn.Module):
+        """torchdyn's argument order."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, t: Tensor, x: Tensor, args: object = None) -> Tensor:
+            """Velocity at one scalar time."""
+            return self.network(x, t.expand(len(x)))
+
+    ode = NeuralODE(Wrapped(), solver="euler", sensitivity="adjoint")
+    span = torch.linspace(0, 1, STEPS + 1)
+    return lambda x: ode.trajectory(x, t_span=span)[-1]
+
+
+def main() -> None:
+    """Interleave the samplers and print their medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    for width in (64, 1024):
+        network = Network(width).eval()
+        samplers = {"network only": network_only(network), "headrace": ours(network),
+                    "diffusers": diffusers_euler(network), "torchcfm": torchcfm_euler(network)}  # fmt: skip
+        noise = torch.randn(options.batch, 64)
+        with torch.no_grad():
+            ends = {name: run(noise) for name, run in samplers.items() if name != "network only"}
+            for name, end in ends.items():
+                torch.testing.assert_close(end, ends["headrace"], atol=1e-4, rtol=1e-4, msg=f"{name} ends elsewhere")
+            spent: dict[str, list[float]] = {name: [] for name in samplers}
+            for _ in range(options.rounds):
+                for name, run in samplers.items():
+                    started = time.perf_counter()
+                    for _ in range(5):
+                        run(noise)
+                    spent[name].append((time.perf_counter() - started) / 5 * 1e3)
+        print(f"\nwidth {width}, batch {options.batch}, {STEPS} Euler steps, {options.threads} threads [ms]")
+        for name, values in spent.items():
+            low, middle, high = statistics.quantiles(values, n=4)
+            print(f"  {name:<13} {middle:7.3f}  (quartiles {low:.3f} to {high:.3f}, best {min(values):.3f})")
+
+
+if __name__ == "__main__":
+    main()
