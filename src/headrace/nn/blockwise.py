@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.nn.axial_rope import axial_angles
 from headrace.nn.modulated_block import ModulatedBlock
 from headrace.nn.pretrained import Pretrained
-from headrace.nn.rotary import rotary_angles
 from headrace.nn.shapes import expect_shape
 from headrace.nn.time_embedding import TimeEmbedding
 
@@ -73,6 +73,8 @@ class BlockwiseConfig:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be divisible by heads {self.heads}")
+        if self.mixing == "attention" and self.width // self.heads % 4:
+            raise ValueError(f"width / heads must be divisible by 4, got {self.width // self.heads}")
         if self.borders[0] != 0.0 or self.borders[-1] != 1.0 or any(a >= b for a, b in pairwise(self.borders)):
             raise ValueError(f"borders must rise strictly from 0 to 1, got {list(self.borders)}")
         if self.trunk_depth == 0 and (self.residual_depth or self.align_dim or self.context_dim):
@@ -185,10 +187,8 @@ class BlockwiseVelocity(Pretrained):
             self.align_head = nn.Sequential(
                 nn.Linear(width, 2048), nn.SiLU(), nn.Linear(2048, 2048), nn.SiLU(), nn.Linear(2048, config.align_dim)
             )
-        rows, columns = torch.meshgrid(torch.arange(config.grid[0]), torch.arange(config.grid[1]), indexing="ij")
-        places = torch.stack([rows.flatten(), columns.flatten()], 1)
-        places = places if config.grid[0] > 1 else places[:, 1:]
-        angles = rotary_angles(places, width // config.heads) if config.mixing == "attention" else places.float()
+        attends = config.mixing == "attention"
+        angles = axial_angles(config.grid, width // config.heads) if attends else torch.zeros(config.tokens, 0)
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("inner_borders", torch.tensor(config.borders[1:-1]), persistent=False)
         for layer in (self.shared, self.out_modulation, self.out):

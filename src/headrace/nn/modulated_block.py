@@ -8,7 +8,7 @@ Source: adaptive layer norm of DiT, arXiv 2212.09748; low rank, per token: mlvla
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headrace.nn.rotary import rotate
+from headrace.nn.axial_rope import rotate_pairs
 
 
 class ModulatedBlock(nn.Module):
@@ -37,7 +37,7 @@ class ModulatedBlock(nn.Module):
             x: Tokens, shape (B, N, W).
             active: Condition after its SiLU, shape (B, N or 1, condition_width).
             shared: The part of the modulation that all blocks share, shape (B, N or 1, parts * W).
-            angles: Rotary angles of the tokens, shape (N, W / heads / 2); unused without attention.
+            angles: Rotary angles of the tokens, shape (N, W / heads); unused without attention.
 
         Returns:
             Shape (B, N, W).
@@ -49,5 +49,6 @@ class ModulatedBlock(nn.Module):
 
     def _attend(self, x: Tensor, angles: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.q_norm(q), angles), rotate(self.k_norm(k), angles)
+        cos, sin = angles.cos().to(x), angles.sin().to(x)
+        q, k = rotate_pairs(self.q_norm(q), cos, sin), rotate_pairs(self.k_norm(k), cos, sin)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
