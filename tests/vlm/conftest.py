@@ -200,6 +200,12 @@ def sharpen(model, factor=4.0):
 
 
 @pytest.fixture(scope="session")
+def byte_text():
+    """A tokenizer over bytes with `<s>` 1 and `</s>` 2."""
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def tiny_vlm():
     """Family name to (model, processor), built once."""
     built = {}

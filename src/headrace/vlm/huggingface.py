@@ -7,6 +7,7 @@ Nothing in transformers is patched: features come from the model's own `get_imag
 
 import inspect
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from headrace.vlm.picture import Picture, as_pictures
-from headrace.vlm.prefill import GreedyConfig, greedy
+from headrace.vlm.prefill import GreedyConfig
 from headrace.vlm.prompt import Prompt
+from headrace.vlm.pruning.auto import PruningConfig
+from headrace.vlm.pruning.reading import AnswerRecord, marked_pruning, pruned_greedy
 
 PLAIN_TEMPLATE = "USER: {media}\n{question} ASSISTANT:"  # the LLaVA-1.5 form, for processors that bring none
 
@@ -26,15 +29,24 @@ class HuggingFaceVLM:
     Attributes:
         model: `...ForConditionalGeneration`, in eval mode.
         processor: Its processor.
+        pruning: Method and budget for visual tokens, None keeps all. May be set between calls.
+        record: What the last `answer` encoded and kept.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, *, pruning: PruningConfig | None = None) -> None:
         self.model = model.eval()
         self.processor = processor
+        self.pruning = pruning
+        self.record = AnswerRecord()
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        pruning: PruningConfig | None = None,
     ) -> "HuggingFaceVLM":
         """Load a model id or folder.
 
@@ -44,7 +56,7 @@ class HuggingFaceVLM:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device)
-        return cls(model, AutoProcessor.from_pretrained(source))
+        return cls(model, AutoProcessor.from_pretrained(source), pruning=pruning)
 
     @property
     def device(self) -> torch.device:
@@ -76,7 +88,14 @@ class HuggingFaceVLM:
             FileNotFoundError: A path without a file.
         """
         prompts = self.prompts(images, questions, video=video)
-        written = greedy(self.model, self.model.get_input_embeddings(), prompts, self._greedy_config(max_new_tokens))
+        written = pruned_greedy(
+            self.model,
+            self.model.get_input_embeddings(),
+            prompts,
+            self._greedy_config(max_new_tokens),
+            self.pruning,
+            visual_before=self.record.visual_before,
+        )
         return [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
     def prompts(
@@ -89,7 +108,7 @@ class HuggingFaceVLM:
         texts = [self._text(question, len(pictures), video=video) for question in questions]
         inputs = self._process(texts[0], pictures, video=video)
         media = self.media_id(video=video)
-        features = self._features(inputs, video=video)
+        features = self._timed_features(inputs, video=video)
         rows = self._expanded(texts, inputs["input_ids"][0], media, pictures, video=video)
         return [self._prompt(ids.to(self.device), features, inputs, media, video=video) for ids in rows]
 
@@ -127,6 +146,21 @@ class HuggingFaceVLM:
         inputs = self.processor(text=[text], **media, return_tensors="pt")
         floating = self.model.dtype
         return {k: v.to(self.device, floating if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+    def _timed_features(self, inputs: dict[str, Tensor], *, video: bool) -> Tensor:
+        """Features under the pruning method, with NaN rows for what it dropped; fills `record`."""
+        start = time.perf_counter()
+        with marked_pruning(self.model, self.pruning, video=video) as cut:
+            features = self._features(inputs, video=video)
+        newline = getattr(self.model.model, "image_newline", None)
+        if newline is not None and bool(features.isnan().any()):  # LLaVA-NeXT: scattered tokens have no row ends
+            features = features.masked_fill((features == newline).all(-1, keepdim=True), torch.nan)
+        kept = int((~features[:, 0].isnan()).sum())
+        self.record = AnswerRecord(
+            visual_before=len(features), visual_after=kept, encode_seconds=time.perf_counter() - start,
+            kept=cut.report.kept if cut is not None else [], units=cut.report.units if cut is not None else [],
+        )  # fmt: skip
+        return features
 
     def _features(self, inputs: dict[str, Tensor], *, video: bool) -> Tensor:
         """Projected features of all pictures in order, (K, D)."""
@@ -168,7 +202,14 @@ class HuggingFaceVLM:
             )
         text = self.model.get_input_embeddings()(ids.masked_fill(visual, 0))
         embeds = text.masked_scatter(visual[:, None], features.to(text.dtype))
-        return Prompt(ids, embeds, self._positions(ids, visual, embeds, inputs, video=video), visual)
+        prompt = Prompt(ids, embeds, self._positions(ids, visual, embeds, inputs, video=video), visual)
+        gone = features[:, 0].isnan()
+        if not bool(gone.any()):
+            return prompt
+        shorter = prompt.keep(~visual.masked_scatter(visual, gone))
+        if len(prompt.positions) == 1:  # plain positions close up, as when the encoder had given fewer features
+            shorter = shorter._replace(positions=torch.arange(len(shorter.ids), device=ids.device)[None])
+        return shorter
 
     def _positions(
         self, ids: Tensor, visual: Tensor, embeds: Tensor, inputs: dict[str, Tensor], *, video: bool

@@ -6,7 +6,8 @@ where they differ: it is read once, and its cache is forked.
 """
 # Shape letters in this file: B rows, L length, V vocabulary, A position axes.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -145,6 +146,31 @@ def greedy(model: nn.Module, embed: nn.Module, prompts: Sequence[Prompt], config
         seen = torch.cat([prompts[0].ids[:shared].expand(len(group), -1), _filled(tail)], dim=1)
         past = torch.cat([past, tail.mask], dim=1)
         answers += write(model, embed, logits, tail, cache, past, config=config, seen=seen)
+    return answers
+
+
+@torch.no_grad()
+def greedy_each(
+    model: nn.Module,
+    embed: nn.Module,
+    prompts: Sequence[Prompt],
+    config: GreedyConfig,
+    reading: Callable[[Prompt, KVCache], AbstractContextManager],
+) -> list[list[int]]:
+    """Greedy continuations, each prompt read whole under `reading(prompt, cache)`, which may shorten the cache.
+
+    For methods that drop tokens inside the decoder by what the question asks, so that no prefix can be shared.
+
+    Returns:
+        New ids per prompt, without the stop id.
+    """
+    answers = []
+    for prompt in prompts:
+        cache, batch = KVCache(), left_pad([prompt])
+        with reading(prompt, cache):
+            logits = read(model, batch, cache, past=batch.mask[:, :0])
+        past = torch.ones(1, cache.length, dtype=torch.bool, device=logits.device)
+        answers += write(model, embed, logits, batch, cache, past, config=config, seen=batch.ids)
     return answers
 
 

@@ -7,7 +7,7 @@ import torch
 from headrace.nn.pretrained import config_from_dict
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.pruning.flowcut import FlowCutConfig, FlowCutTrace, step
-from headrace.vlm.pruning.scores import Evidence, normalised
+from headrace.vlm.pruning.scores import Evidence, fused_score, normalised
 
 
 def random_evidence(rows, tokens, sharpness=3.0):
@@ -20,7 +20,10 @@ def run(config, batch=2, tokens=50, layers=12):
     trace = FlowCutTrace.start(batch, tokens)
     for layer in range(layers):
         found = random_evidence(batch, trace.kept.shape[1])
-        step(trace, found, layer=layer, last_layer=layers - 3, target=config.encoder_budget(tokens), config=config)
+        target = config.encoder_budget(tokens)
+        step(
+            trace, found.attention, fused_score(found), layer=layer, last_layer=layers - 3, target=target, config=config
+        )
     return trace
 
 
@@ -48,8 +51,8 @@ def test_the_batch_rule_decides_whether_company_matters():
     for rule, same in (("per_image", True), ("max", False)):
         config = FlowCutConfig(budget=Budget(tokens=5), batch_rule=rule)
         alone, together = FlowCutTrace.start(1, 40), FlowCutTrace.start(2, 40)
-        step(alone, flat, layer=1, last_layer=9, target=5, config=config)
-        step(together, both, layer=1, last_layer=9, target=5, config=config)
+        for trace, found in ((alone, flat), (together, both)):
+            step(trace, found.attention, fused_score(found), layer=1, last_layer=9, target=5, config=config)
         assert (int(together.present()[0]) == int(alone.present()[0])) is same
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.vlm.pruning.budget import Budget
-from headrace.vlm.pruning.scores import Criterion, Evidence, best, cut_size, entropy_ratio, fused_score, smoothed
+from headrace.vlm.pruning.scores import Criterion, best, cut_size, entropy_ratio, smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,9 @@ class FlowCutConfig:
             cut, as the released code does, so that what is kept depends on what else is in the batch.
         last_layer: Index of the layer after which the last cut happens; None is one layer before the one whose features
             are used, or that one if it is the encoder's last and nothing later exists.
-        decoder: Cut once more inside the language model to the same budget, after letting the encoder keep
-            `encoder_factor` times as many (LLaVA-NeXT and Qwen2-VL in the paper).
-        encoder_factor: See `decoder`.
+        decoder: Cut once more inside the language model, to the budget counted over all visual tokens of the prompt.
+        encoder_factor: With `decoder`, the encoder keeps this many times the budget per picture that it sees: 2 for
+            Qwen2-VL; 0.5 for LLaVA-NeXT, which sees five crops of one picture.
         decoder_layer: Index of the decoder layer after which that cut happens.
     """
 
@@ -62,15 +62,18 @@ class FlowCutConfig:
         for name, allowed in (("schedule", ("entropy", "uniform", "last")), ("batch_rule", ("per_image", "max"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.encoder_factor < 1:
-            raise ValueError(f"encoder_factor must be at least 1, got {self.encoder_factor}")
+        if self.encoder_factor <= 0:
+            raise ValueError(f"encoder_factor must be above 0, got {self.encoder_factor}")
         if self.decoder_layer < 0:
             raise ValueError(f"decoder_layer must not be negative, got {self.decoder_layer}")
 
     def encoder_budget(self, count: int) -> int:
         """Tokens of `count` that the encoder keeps; more than the budget when the decoder cuts again."""
-        target = self.budget.of(count)
-        return min(count, round(target * self.encoder_factor)) if self.decoder else target
+        if not self.decoder:
+            return self.budget.of(count)
+        if self.budget.share is not None:
+            return min(count, max(1, round(self.budget.share * count * self.encoder_factor)))
+        return min(count, max(1, int((self.budget.tokens or 1) * self.encoder_factor)))
 
 
 @dataclass
@@ -116,13 +119,21 @@ class Cut(NamedTuple):
 
 
 def step(
-    trace: FlowCutTrace, found: Evidence, *, layer: int, last_layer: int, target: int, config: FlowCutConfig
+    trace: FlowCutTrace,
+    attention: Tensor,
+    score: Tensor,
+    *,
+    layer: int,
+    last_layer: int,
+    target: int,
+    config: FlowCutConfig,
 ) -> Cut | None:
-    """Take in the evidence of `layer`, update `trace`, and say what stays.
+    """Take in what `layer` says, update `trace`, and say what stays.
 
     Args:
         trace: State, changed in place.
-        found: The layer's evidence for the present tokens, (B, N).
+        attention: Attention of the relay to each present token, (B, N), summing to 1.
+        score: Fused score of each present token, (B, N).
         layer: Index of the layer, whose output is to be cut.
         last_layer: Index of the layer with the forced last cut.
         target: Tokens to end with.
@@ -133,9 +144,9 @@ def step(
     count = trace.present()
     if layer > last_layer or int(count.max()) <= target:
         return None
-    ratio = entropy_ratio(found.attention, trace.valid)
+    ratio = entropy_ratio(attention, trace.valid)
     trace.entropy[layer] = ratio.tolist()
-    trace.cumulative = smoothed(trace.cumulative, fused_score(found, config.criteria), config.history)
+    trace.cumulative = smoothed(trace.cumulative, score, config.history)
     drop = _drop(count, ratio, remaining=last_layer - layer, target=target, config=config)
     if drop is None or int(drop.max()) == 0:
         return None

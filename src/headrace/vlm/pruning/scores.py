@@ -69,32 +69,33 @@ def evidence(
     softmax: Literal["with_cls", "patch_only"] = "with_cls",
     semantic_scale: Literal["none", "sqrt_d"] = "none",
     semantic: bool = True,
+    prefix: int | None = None,
     valid: Tensor | None = None,
 ) -> Evidence:
     """Evidence of one encoder layer, from its own q, k and v.
 
     Args:
-        query, key, value: (B, H, S, D); with `relay="cls"` token 0 is CLS and S = N + 1, else S = N.
+        query, key, value: (B, H, S, D), S = prefix + N.
         scaling: The layer's factor on q.k.
-        relay: `cls` asks the CLS token, `mean` the mean query and mean value of all tokens.
+        relay: `cls` asks token 0, `mean` the mean query and mean value of all patch tokens.
         softmax: Whether CLS takes part in the softmax before it is cut off (the code) or not (the paper).
         semantic_scale: Factor of v.v: none (the code, for CLIP) or D^-0.5 (the paper's listing).
         semantic: False leaves the term out and costs nothing.
+        prefix: Tokens before the patches (CLS, registers); None is 1 with `relay="cls"`, else 0.
         valid: bool (B, N), real patch tokens.
 
     Source: FlowCut eq. 1-4 and the released `compute_score`; the mean relay is the paper's rule without CLS.
     """
-    own = 1 if relay == "cls" else 0
+    own = (1 if relay == "cls" else 0) if prefix is None else prefix
     over = None if valid is None else torch.nn.functional.pad(valid, (own, 0), value=True)
     if softmax == "patch_only" and own:
-        over = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device) if over is None else over
-        over = over.clone()
-        over[:, 0] = False
-    asker = query[:, :, 0] if own else mean_over(query, valid)
+        patches = torch.arange(key.shape[2], device=key.device) >= own
+        over = patches.expand(key.shape[0], -1) if over is None else over & patches
+    asker = query[:, :, 0] if relay == "cls" else mean_over(query[:, :, own:], valid)
     attention = relay_row(asker, key, scaling=scaling, over=over)[:, own:]
     density = token_density(value[:, :, own:])
     if semantic:
-        asker = value[:, :, 0] if own else mean_over(value, valid)
+        asker = value[:, :, 0] if relay == "cls" else mean_over(value[:, :, own:], valid)
         factor = 1.0 if semantic_scale == "none" else value.shape[-1] ** -0.5
         similarity = normalised(relay_row(asker, value, scaling=factor, over=over)[:, own:])
     else:
@@ -122,7 +123,7 @@ def entropy_ratio(p: Tensor, valid: Tensor | None = None) -> Tensor:
 
     Source: FlowCut eq. 3; computed by `entr`, which is 0 at 0, where the released code takes the log of 0.
     """
-    p = p.float()
+    p = p.float() if valid is None else p.float().masked_fill(~valid, 0.0)
     count = torch.full_like(p[:, 0], p.shape[1]) if valid is None else valid.sum(1).to(p.dtype)
     return torch.special.entr(p).sum(-1) / count.log().clamp(min=torch.finfo(p.dtype).tiny)
 

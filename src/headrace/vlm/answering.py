@@ -1,0 +1,91 @@
+"""Questions to a headrace video-language model: pictures encoded once, the shared prefix read once."""
+# Shape letters in this file: B pictures, N rows per picture, L positions.
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headrace.vlm.picture import Picture, as_pictures
+from headrace.vlm.prefill import GreedyConfig
+from headrace.vlm.prompt import Prompt
+from headrace.vlm.pruning.reading import AnswerRecord, marked_pruning, pruned_greedy
+
+
+class AnswersPictures:
+    """The `answer` of `VideoLanguageModel`, apart from how the model is built and trained."""
+
+    record: AnswerRecord
+    pruning: Any
+
+    @torch.no_grad()
+    def answer(
+        self: Any,
+        images: Picture | Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        video: bool = False,
+    ) -> list[str]:
+        """Greedy answers to several questions about the same pictures; a clip is its frames in order.
+
+        Args:
+            images: One picture or several, each a PIL image, an array (H, W, 3) uint8 or a path.
+            questions: At least one.
+            max_new_tokens: Most tokens per answer.
+            video: Accepted for clips; frames are read as pictures in order.
+
+        Raises:
+            ValueError: No picture, no question, no text tokenizer, or pruning that the encoder cannot do.
+            FileNotFoundError: A path without a file.
+        """
+        prompts = self.prompts(images, questions)
+        stop = self.config.text_specials.get("eos")
+        config = GreedyConfig(max_new_tokens=max_new_tokens, stop_ids=() if stop is None else (stop,))
+        written = pruned_greedy(
+            self.language,
+            self.language.get_input_embeddings(),
+            prompts,
+            config,
+            self.pruning,
+            visual_before=self.record.visual_before,
+        )
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+
+    def prompts(self: Any, images: Picture | Sequence[Picture], questions: Sequence[str]) -> list[Prompt]:
+        """The prompts of `answer`, visual rows in place; fills `record`."""
+        pictures = as_pictures(images)
+        if not questions:
+            raise ValueError("answer needs at least one question")
+        rows = self._encoded(pictures)
+        layout = self.conversation(pictures=len(pictures))
+        fields: dict[str, Any] = {f"picture_{i}": row for i, row in enumerate(rows)}
+        vectors = None
+        if self.encoder.codes is None:
+            kept = [row[~row[:, 0].isnan()] for row in rows]
+            vectors = {"picture": self.projector(torch.cat(kept))}
+            fields = {f"picture_{i}": len(row) for i, row in enumerate(kept)}
+        return [self._prompt(layout, fields | {"question": question}, vectors) for question in questions]
+
+    def _encoded(self: Any, pictures: list[Any]) -> Tensor:
+        pixels = self.encoder.preprocessing(pictures).to(self.device)
+        start = time.perf_counter()
+        tower = None if self.pruning is None else self.encoder.tower()
+        with marked_pruning(self.encoder, self.pruning, tower=tower) as cut:
+            rows = self.encode(pixels)
+        gone = int(rows[..., 0].isnan().sum()) if rows.is_floating_point() else 0
+        before = rows.shape[0] * rows.shape[1]
+        self.record = AnswerRecord(
+            visual_before=before, visual_after=before - gone, encode_seconds=time.perf_counter() - start,
+            kept=cut.report.kept if cut is not None else [], units=cut.report.units if cut is not None else [],
+        )  # fmt: skip
+        return rows
+
+    def _prompt(self: Any, layout: Any, sample: dict[str, Any], vectors: dict[str, Tensor] | None) -> Prompt:
+        built = layout.build(sample, encode_text=self.encode_text, until="answer")
+        ids, modality = built.ids.to(self.device), built.modality.to(self.device)
+        embeds = self.embed(ids, modality, vectors)
+        visual = (modality != 0).to(self.device)
+        return Prompt(ids.masked_fill(visual, 0), embeds, built.position[None].to(self.device), visual)
