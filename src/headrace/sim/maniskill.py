@@ -1,0 +1,128 @@
+"""ManiSkill 3 tasks through gymnasium, with pictures, on a CPU or a GPU."""
+
+import logging
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from headrace.contracts import ActionSpec, Observation
+from headrace.sim.environment import Step, check_action
+from headrace.sim.tasks import Task
+from headrace.sim.wrappers import Unbatched
+
+CONTROLLER = "pd_ee_delta_pose"
+# ManiSkill scales a delta action of 1 to 0.1 m; its rotation action of 1 turns by -0.1 rad (its lower bound times one).
+EE_DELTA_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+STATE_PARTS = (("qpos", 9), ("tcp", 3), ("goal", 3))
+
+
+class NoVulkanDevice(RuntimeError):
+    """Pictures cannot be rendered on this machine."""
+
+
+def torch_threads() -> None:
+    """One torch thread: ManiSkill steps on tiny tensors, and more threads only wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+class ManiSkillEnvironment:
+    """One ManiSkill task seen as pictures, proprioception and what the environment itself hands out beside pictures.
+
+    The state is the joint positions (9: seven arm joints [rad], two fingers [m]), the tool centre point [m] in the world,
+    and the goal position [m] where the task hands one out beside the picture (PickCube), else zeros.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        controller: str = CONTROLLER,
+        robot_uids: str | None = None,
+        render: bool = True,
+        image_size: int = 224,
+    ) -> None:
+        import mani_skill.envs  # noqa: F401  (registers the environments)
+        from mani_skill import logger
+
+        logger.setLevel(logging.ERROR)
+        torch_threads()
+        self.task, self.render = task, render
+        options: dict[str, Any] = {"robot_uids": robot_uids} if robot_uids else {}
+        if render:
+            options["sensor_configs"] = {"width": image_size, "height": image_size}
+        try:
+            env = gym.make(
+                task.name,
+                obs_mode="rgb" if render else "none",
+                control_mode=controller,
+                sim_backend="physx_cpu",
+                render_backend=render_backend() if render else "none",
+                max_episode_steps=task.max_steps + 1,  # the runner counts the steps
+                **options,
+            )
+        except RuntimeError as error:
+            if "render" in str(error).lower() or "vulkan" in str(error).lower():
+                raise NoVulkanDevice(
+                    f"no usable Vulkan device for rendering ({error}). Run scripts/setup.sh, which installs Mesa's "
+                    "software driver; `headrace doctor` shows what is found."
+                ) from error
+            raise
+        self.env = Unbatched(env)
+        self.base: Any = env.unwrapped
+        self.cameras = tuple(self.base._sensor_configs) if render else ()
+        space = env.action_space
+        self.spec = ActionSpec(
+            names=EE_DELTA_NAMES if controller == CONTROLLER else tuple(f"a{i}" for i in range(space.shape[0])),
+            frame="base_delta" if "ee_delta" in controller else "joint",
+            rotation="euler_xyz" if controller == CONTROLLER else "none",
+            gripper="open_is_1",
+            rate=float(self.base.control_freq),
+            controller=controller,
+            low=tuple(float(v) for v in space.low),
+            high=tuple(float(v) for v in space.high),
+        )
+        self.state_names = tuple(f"{name}.{i}" for name, count in STATE_PARTS for i in range(count))
+
+    def reset(self, seed: int) -> Observation:
+        """Start the episode that `seed` names."""
+        return self._observe(self.env.reset(seed=seed)[0])
+
+    def step(self, action: np.ndarray) -> Step:
+        """Apply one normalised action in [-1, 1], shape (A,)."""
+        raw, _, _, _, info = self.env.step(check_action(action, self.spec))
+        readings = {key: float(value) for key, value in info.items() if isinstance(value, bool | int | float)}
+        return Step(self._observe(raw), bool(info.get("success", False)), readings)
+
+    def close(self) -> None:
+        """Free the simulator."""
+        self.env.close()
+
+    def _observe(self, raw: Any) -> Observation:
+        images = {}
+        if self.render:
+            images = {name: np.ascontiguousarray(raw["sensor_data"][name]["rgb"]) for name in self.cameras}
+        agent = self.base.agent
+        goal = raw["extra"].get("goal_pos", np.zeros(3)) if isinstance(raw, dict) and "extra" in raw else np.zeros(3)
+        tcp = getattr(agent, "tcp", None)
+        parts = {
+            "qpos": agent.robot.get_qpos()[0].cpu().numpy(),
+            "tcp": tcp.pose.p[0].cpu().numpy() if tcp is not None else np.zeros(3),
+            "goal": goal,
+        }
+        state = np.zeros(sum(count for _, count in STATE_PARTS), np.float32)
+        start = 0
+        for name, count in STATE_PARTS:
+            values = np.asarray(parts[name], np.float32).reshape(-1)[:count]
+            state[start : start + len(values)] = values
+            start += count
+        return Observation(images=images, state=state, instruction=self.task.instruction)
+
+
+def render_backend() -> str:
+    """`gpu` where CUDA is usable, else `cpu` (a software Vulkan device)."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
