@@ -31,8 +31,8 @@ def torch_threads() -> None:
 class ManiSkillEnvironment:
     """One ManiSkill task seen as pictures, proprioception and what the environment itself hands out beside pictures.
 
-    The state is the joint positions (9: seven arm joints [rad], two fingers [m]), the tool centre point [m] in the world,
-    and the goal position [m] where the task hands one out beside the picture (PickCube), else zeros.
+    The state is the joint positions (9: seven arm joints [rad], two fingers [m]), the tool centre point [m] in the
+    world, and the goal position [m] where the task hands one out beside the picture (PickCube), else zeros.
     """
 
     def __init__(

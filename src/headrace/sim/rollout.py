@@ -311,7 +311,17 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("headrace", "torch", "mani-skill", "sapien", "gymnasium", "timm", "transformers", "lerobot", "numpy"):
+    for package in (
+        "headrace",
+        "torch",
+        "mani-skill",
+        "sapien",
+        "gymnasium",
+        "timm",
+        "transformers",
+        "lerobot",
+        "numpy",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 SuccessRule = Literal["once", "at_end"]
 RULES: dict[str, str] = {
     "once": "the environment's success flag was set at any step; the episode stops there",
-    "at_end": "the environment's success flag is set at the last step of a full-length episode (SIMPLER's official rule)",
+    "at_end": "the environment's success flag is set at the last step of a full-length episode (SIMPLER's rule)",
 }
 
 

@@ -1,0 +1,213 @@
+"""Training a policy on demonstrations: from scratch, or from a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headrace.contracts import ActionSpec
+from headrace.datasets.lerobot_demos import DemoBatch, LeRobotDemos
+from headrace.datasets.mixture import Mixture
+from headrace.datasets.normalize import NormalizerConfig
+from headrace.datasets.random_crop import random_crop
+from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy, encode_text
+from headrace.training.batches import batches
+from headrace.training.loop import Fitted, Precision, fit
+from headrace.training.schedule import Schedule
+
+MODEL_FOLDER = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings:
+    """How a policy is trained.
+
+    Attributes:
+        steps: Updates.
+        batch_size: Samples per update, over all processes.
+        lr: Peak learning rate, after `warmup` updates; falls along a cosine to a tenth.
+        weight_decay: AdamW's, on matrices only.
+        move: Pictures are moved by up to so many pixels [px].
+        state_noise: Standard deviation of noise on the normalised state; keeps a policy from trusting it blindly.
+        ema: Decay of the averaged weights that are saved.
+        precision: `bf16` is several times faster where the processor multiplies it natively.
+        draws: Overrides the config's draws of (time, noise) per sample.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 64
+    lr: float = 3e-4
+    warmup: int = 200
+    weight_decay: float = 1e-4
+    move: int = 4
+    state_noise: float = 0.02
+    ema: float = 0.999
+    precision: Precision = "bf16"
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 20
+
+
+class TrainingInput(NamedTuple):
+    """One training batch, all on one device: what the policy sees, raw actions (B, H, A), which count (B, H)."""
+
+    inputs: PolicyInput
+    actions: Tensor
+    valid: Tensor
+
+
+def read_demonstrations(
+    sources: Sequence[str | Path],
+    config: VipraConfig | None = None,
+    *,
+    horizon: int = 14,
+    history: Sequence[int] = (0,),
+) -> Mixture | LeRobotDemos:
+    """Datasets, one or several, read for a policy.
+
+    Args:
+        sources: Folders or hub ids.
+        config: The checkpoint that is trained further; cameras, sizes and windows are its own.
+        horizon, history: Windows where there is no checkpoint yet.
+
+    Raises:
+        ValueError: A dataset lacks the checkpoint's cameras or has another action or state size; names both.
+    """
+    if not sources:
+        raise ValueError("name at least one dataset")
+    options: dict[str, Any] = {"horizon": horizon, "history": tuple(history)}
+    if config is not None:
+        options = {
+            "horizon": config.decoder.horizon,
+            "history": config.history,
+            "cameras": config.cameras,
+            "action_dim": config.decoder.action_dim,
+            "state": ("observation.state",) if config.state_names else (),
+            "state_dim": len(config.state_names),
+            "image_size": (config.camera_size, config.camera_size),
+        }
+    datasets = [LeRobotDemos(source, **options) for source in sources]
+    return datasets[0] if len(datasets) == 1 else Mixture(datasets)
+
+
+def fit_to_data(config: VipraConfig, data: Mixture | LeRobotDemos, spec: ActionSpec) -> VipraConfig:
+    """The config with this data's action convention and statistics; the gripper stays as it is.
+
+    Raises:
+        ValueError: A pixel size, camera or number does not fit together.
+    """
+    first = data.datasets[0] if isinstance(data, Mixture) else data
+    mask = [name != "gripper" for name in spec.names]
+    has_state = first.state_dim > 0
+    return replace(
+        config,
+        spec=spec.to_dict(),
+        cameras=first.cameras,
+        state_names=first.state_names if has_state else (),
+        action_normalizer=NormalizerConfig.from_statistics(data.action_statistics, mask=mask),
+        state_normalizer=NormalizerConfig.from_statistics(data.state_statistics) if has_state else None,
+    )
+
+
+class _Augment:
+    """Turns demonstrations into training batches, in the loading thread."""
+
+    def __init__(self, config: VipraConfig, settings: FinetuneSettings) -> None:
+        self.config, self.settings = config, settings
+        scale = config.state_normalizer.scale if config.state_normalizer else ()
+        self.scale = torch.tensor(scale)
+
+    def __call__(self, batch: DemoBatch, generator: torch.Generator) -> TrainingInput:
+        config, settings = self.config, self.settings
+        images = random_crop(
+            batch.images, corner=config.crop, size=config.image.size, pixels=settings.move, generator=generator
+        )
+        state = batch.state
+        if settings.state_noise and len(self.scale):
+            state = state + settings.state_noise * self.scale * torch.randn(state.shape, generator=generator)
+        text = encode_text(batch.instructions, config.text_length)
+        actions = still(batch.actions, batch.action_is_pad, config.action_spec)
+        return TrainingInput(PolicyInput(images, state, text), actions, torch.ones_like(batch.action_is_pad))
+
+
+def still(actions: Tensor, is_pad: Tensor, spec: ActionSpec) -> Tensor:
+    """Actions past the end of an episode: no motion where actions are deltas, the last gripper command kept.
+
+    Source: sroutray/vipra, finetuning data (delta end-effector: zeros with the last gripper value).
+    """
+    if not spec.frame.endswith("delta"):
+        return actions
+    moving = torch.tensor([name != "gripper" for name in spec.names])
+    return torch.where(is_pad[..., None] & moving, torch.zeros((), dtype=actions.dtype), actions)
+
+
+def policy_loss(model: VipraPolicy, batch: TrainingInput, generator: torch.Generator) -> dict[str, Tensor]:
+    """Loss as `fit` calls it."""
+    return model.loss(batch.inputs, batch.actions, batch.valid, generator)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with weight decay, everything else without."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def train_policy(
+    model: VipraPolicy,
+    data: Mixture | LeRobotDemos,
+    settings: FinetuneSettings,
+    out: Path,
+    *,
+    resume: bool = False,
+    trackers: tuple[Any, ...] = (),
+    facts: dict[str, Any] | None = None,
+) -> Fitted:
+    """Train a policy and save it, averaged weights, to `out/model`.
+
+    Raises:
+        FileExistsError: `out` holds a run already and `resume` is False.
+        ValueError: Resumed with other settings.
+    """
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=False
+    )
+    schedule = Schedule(kind="cosine", warmup=settings.warmup, steps=settings.steps, floor=0.1)
+    fitted = fit(
+        model,
+        policy_loss,
+        optimizer,
+        batches(data, settings.batch_size, seed=settings.seed, transform=_Augment(model.config, settings)),
+        steps=settings.steps,
+        out=out,
+        resume=resume,
+        seed=settings.seed,
+        schedule=schedule,
+        ema_decay=settings.ema,
+        precision=settings.precision,
+        checkpoint_every=settings.checkpoint_every,
+        log_every=settings.log_every,
+        trackers=trackers,
+        settings={"finetune": vars(settings), **(facts or {})},
+    )
+    if fitted.ema is not None:
+        with fitted.ema.applied_to(model):
+            model.save_pretrained(out / MODEL_FOLDER)
+    else:
+        model.save_pretrained(out / MODEL_FOLDER)
+    return fitted
+
+
+def held_out_loss(model: VipraPolicy, data: Mixture | LeRobotDemos, *, samples: int = 256, seed: int = 0) -> float:
+    """Flow-matching loss on `samples` random samples, with fixed noise; lower is better, not a success rate."""
+    generator = torch.Generator().manual_seed(seed)
+    order = np.random.default_rng(seed).permutation(len(data))[:samples]
+    settings = FinetuneSettings(move=0, state_noise=0.0)
+    batch = _Augment(model.config, settings)(data.batch(order), generator)
+    with torch.inference_mode():
+        return float(model.eval().loss(batch.inputs, batch.actions, batch.valid, generator)["total"])

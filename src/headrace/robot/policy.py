@@ -1,0 +1,145 @@
+"""Loaded checkpoints and simple stand-ins as `headrace.contracts.Policy`."""
+
+import time
+from collections import defaultdict, deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from headrace.contracts import ActionChunk, ActionSpec, Observation
+from headrace.flow.solver import SolverSettings
+from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
+
+
+class RandomPolicy:
+    """Uniform actions within the bounds; what any policy must beat."""
+
+    def __init__(self, spec: ActionSpec, *, horizon: int = 1) -> None:
+        self.spec, self.horizon = spec, horizon
+        self._generators: dict[int, np.random.Generator] = {}
+
+    def reset(self, slot: int, *, seed: int) -> None:
+        """Start an episode."""
+        self._generators[slot] = np.random.default_rng(seed)
+
+    def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
+        """Random chunks, shape (B, horizon, A)."""
+        shape = (self.horizon, self.spec.dim)
+        low, high = self.spec.low or (-1.0,) * self.spec.dim, self.spec.high or (1.0,) * self.spec.dim
+        chunks = [self._generators[slot].uniform(low, high, shape) for slot in slots]
+        return ActionChunk(np.asarray(chunks, np.float32), 0.0)
+
+
+class FlowPolicy:
+    """A `VipraPolicy` network that acts: it keeps each slot's history of frames and its own noise.
+
+    Args:
+        model: The network, with statistics.
+        solver: How the flow is followed; ten Euler steps are the paper's.
+        device: Where it runs; a GPU if there is one.
+        precision: `bf16` runs the transformer and the picture encoder under autocast; the flow stays float32.
+    """
+
+    def __init__(
+        self,
+        model: VipraPolicy,
+        *,
+        solver: SolverSettings | None = None,
+        device: str | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.solver = solver or SolverSettings(method="euler", steps=10)
+        self.precision = precision
+        config = model.config
+        self.spec: ActionSpec = config.action_spec
+        self._frames: dict[int, deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=1 - config.history[0]))
+        self._generators: dict[int, torch.Generator] = {}
+
+    def reset(self, slot: int, *, seed: int) -> None:
+        """Start an episode: no history, noise from `seed`."""
+        self._frames[slot].clear()
+        self._generators[slot] = torch.Generator().manual_seed(seed)
+
+    def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
+        """Action chunks, shape (B, H, A), within the spec's bounds; gripper either fully open or fully closed.
+
+        Raises:
+            ValueError: A camera is missing, a picture has another size, or the state another length.
+        """
+        started = time.perf_counter()
+        inputs = self._inputs(observations, slots)
+        decoder = self.model.config.decoder
+        noise = torch.stack(
+            [torch.randn(decoder.horizon, decoder.action_dim, generator=self._generators[slot]) for slot in slots]
+        ).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            actions = self.model.sample(inputs, noise, self.solver)
+        raw = actions.float().cpu().numpy()
+        return ActionChunk(settle(raw, self.spec), (time.perf_counter() - started) * 1e3)
+
+    def _inputs(self, observations: list[Observation], slots: list[int]) -> PolicyInput:
+        config = self.model.config
+        pictures = []
+        for observation, slot in zip(observations, slots, strict=True):
+            frames = self._frames[slot]
+            frames.append(self._pictures(observation))
+            # Frames before the episode's first are taken to equal it.
+            past = [frames[max(len(frames) - 1 + step, 0)] for step in config.history]
+            pictures.append(np.stack(past, 1))
+        images = torch.from_numpy(np.stack(pictures)).to(self.device, non_blocking=True)
+        states = np.stack([self._state(observation) for observation in observations])
+        text = encode_text([observation.instruction for observation in observations], config.text_length)
+        return PolicyInput(images, torch.from_numpy(states).to(self.device), text.to(self.device))
+
+    def _pictures(self, observation: Observation) -> np.ndarray:
+        config = self.model.config
+        absent = [camera for camera in config.cameras if camera not in observation.images]
+        if absent:
+            raise ValueError(
+                f"the policy needs the cameras {', '.join(config.cameras)}; "
+                f"the observation has {', '.join(observation.images) or 'none'}"
+            )
+        pictures = [observation.images[camera] for camera in config.cameras]
+        size = config.camera_size
+        for camera, picture in zip(config.cameras, pictures, strict=True):
+            if picture.shape != (size, size, 3):
+                raise ValueError(f"camera {camera} must give ({size}, {size}, 3) pictures, got {picture.shape}")
+        return np.stack(pictures)
+
+    def _state(self, observation: Observation) -> np.ndarray:
+        names = self.model.config.state_names
+        if len(observation.state) != len(names) and names:
+            raise ValueError(f"the policy needs a state of {len(names)} numbers, got {len(observation.state)}")
+        return observation.state.astype(np.float32)[: len(names)]
+
+
+def settle(actions: np.ndarray, spec: ActionSpec) -> np.ndarray:
+    """Bring sampled actions to the controller: clip to the bounds, gripper to whichever end is nearer.
+
+    Numbers that are not finite pass unchanged, so that the runner can name them.
+    """
+    if not (spec.low and spec.high):
+        return actions
+    low, high = np.asarray(spec.low, np.float32), np.asarray(spec.high, np.float32)
+    clipped = np.clip(actions, low, high)
+    if spec.gripper != "none" and "gripper" in spec.names:
+        index = spec.names.index("gripper")
+        middle = (low[index] + high[index]) / 2
+        ends = np.where(clipped[..., index] > middle, high[index], low[index])
+        clipped[..., index] = np.where(np.isfinite(clipped[..., index]), ends, clipped[..., index])
+    return clipped
+
+
+def load_policy(source: str, **options: Any) -> FlowPolicy:
+    """A policy from a checkpoint folder or hub id; `options` go to `FlowPolicy`.
+
+    Raises:
+        FileNotFoundError: No such folder or hub id.
+        ValueError: Not a policy's folder, a truncated file, or a checkpoint without statistics.
+    """
+    return FlowPolicy(VipraPolicy.from_pretrained(source), **options)
