@@ -7,6 +7,10 @@ from importlib import import_module
 
 # name: (module:function, one line for `headrace --help`). A dotted name such as "vqa run" is a group and a command.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "rollout": ("headrace.cli.rollout:rollout", "run a policy in a simulator and write a report"),
+    "collect": ("headrace.cli.collect:collect", "demonstrations from a scripted expert, as a LeRobotDataset"),
+    "finetune": ("headrace.cli.finetune:finetune", "train a policy on demonstrations"),
+    "tasks": ("headrace.cli.tasks:tasks", "list what can be rolled out here"),
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
     "flowlearn score": ("headrace.cli.flowlearn:score", "score predictions in the layout that FlowLearn released"),
     "flowlearn generate": ("headrace.cli.flowlearn:generate", "draw charts with questions like the simulated subset"),

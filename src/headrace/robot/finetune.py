@@ -1,5 +1,6 @@
 """Training a policy on demonstrations: from scratch, or from a checkpoint."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from headrace.datasets.lerobot_demos import DemoBatch, LeRobotDemos
 from headrace.datasets.mixture import Mixture
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
-from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy, encode_text
+from headrace.robot.sizes import policy_config
+from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy, encode_text, words_of
 from headrace.training.batches import batches
 from headrace.training.loop import Fitted, Precision, fit
 from headrace.training.schedule import Schedule
@@ -108,9 +110,50 @@ def fit_to_data(config: VipraConfig, data: Mixture | LeRobotDemos, spec: ActionS
         spec=spec.to_dict(),
         cameras=first.cameras,
         state_names=first.state_names if has_state else (),
+        words=words_of(instructions_of(data)),
         action_normalizer=NormalizerConfig.from_statistics(data.action_statistics, mask=mask),
         state_normalizer=NormalizerConfig.from_statistics(data.state_statistics) if has_state else None,
     )
+
+
+def spec_of(folder: Path, data: LeRobotDemos) -> ActionSpec:
+    """A dataset's action convention: recorded by `headrace collect`, else joint targets under the dataset's names."""
+    origin = folder / "meta" / "headrace.json"
+    if origin.is_file():
+        return ActionSpec.from_dict(json.loads(origin.read_text())["spec"])
+    return ActionSpec(names=data.action_names, frame="joint", rotation="none", gripper="none", rate=data.fps)
+
+
+def prepare(
+    sources: Sequence[str | Path], *, init: str = "scratch", size: str = "small", seed: int = 0
+) -> tuple[VipraPolicy, Mixture | LeRobotDemos]:
+    """A network and the demonstrations to train it on.
+
+    From a checkpoint the statistics, words and action convention stay the checkpoint's own, so that what it learned
+    keeps its meaning.
+
+    Raises:
+        ValueError: The datasets do not fit the checkpoint, each other, or the size.
+        FileNotFoundError: No such dataset or checkpoint.
+    """
+    if init != "scratch":
+        model = VipraPolicy.from_pretrained(init)
+        return model.train(), read_demonstrations(sources, model.config)
+    first = LeRobotDemos(sources[0])
+    spec = spec_of(first.folder, first)
+    height, width = first.image_size or (0, 0)
+    if height != width:
+        raise ValueError(f"the cameras give {height} x {width} px; policies take square pictures, so crop them first")
+    config = policy_config(size, spec, cameras=first.cameras, camera_size=height)
+    data = read_demonstrations(sources, horizon=config.decoder.horizon, history=config.history)
+    torch.manual_seed(seed)
+    return VipraPolicy(fit_to_data(config, data, spec)), data
+
+
+def instructions_of(data: Mixture | LeRobotDemos) -> list[str]:
+    """Every different instruction of the datasets."""
+    datasets = data.datasets if isinstance(data, Mixture) else [data]
+    return sorted({task for dataset in datasets for task in dataset.tasks})
 
 
 class _Augment:
@@ -129,7 +172,7 @@ class _Augment:
         state = batch.state
         if settings.state_noise and len(self.scale):
             state = state + settings.state_noise * self.scale * torch.randn(state.shape, generator=generator)
-        text = encode_text(batch.instructions, config.text_length)
+        text = encode_text(batch.instructions, config.words)
         actions = still(batch.actions, batch.action_is_pad, config.action_spec)
         return TrainingInput(PolicyInput(images, state, text), actions, torch.ones_like(batch.action_is_pad))
 
@@ -177,7 +220,9 @@ def train_policy(
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=False
     )
-    schedule = Schedule(kind="cosine", warmup=settings.warmup, steps=settings.steps, floor=0.1)
+    schedule = Schedule(
+        kind="cosine", warmup=min(settings.warmup, settings.steps // 4), steps=settings.steps, floor=0.1
+    )
     fitted = fit(
         model,
         policy_loss,

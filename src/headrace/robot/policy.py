@@ -93,7 +93,7 @@ class FlowPolicy:
             pictures.append(np.stack(past, 1))
         images = torch.from_numpy(np.stack(pictures)).to(self.device, non_blocking=True)
         states = np.stack([self._state(observation) for observation in observations])
-        text = encode_text([observation.instruction for observation in observations], config.text_length)
+        text = encode_text([observation.instruction for observation in observations], config.words)
         return PolicyInput(images, torch.from_numpy(states).to(self.device), text.to(self.device))
 
     def _pictures(self, observation: Observation) -> np.ndarray:

@@ -8,6 +8,7 @@ learned vector for each.
 # Shape letters: B batch, V cameras, T frames of history, N prefix length, H horizon, A action dimension, D width,
 # S state dimension, K draws of (time, noise) per sample.
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -72,7 +73,7 @@ class VipraConfig:
         crop: (left, top) of the square of side `image.size` that is cut from it [px].
         history: Frames seen, in control steps relative to the present, oldest first; (0,) is the present alone.
         state_names: Names of the state's numbers; empty for a policy from pictures alone.
-        text_length: Bytes of the instruction that are read, at most.
+        words: The words that instructions are made of, in the order of their ids; others are read as unknown.
         prefix_attention, action_attention: `causal` as in the paper, or `bidirectional` within the part.
         draws: Draws of (time, noise) per training sample; the prefix is computed once for all of them.
         action_normalizer, state_normalizer: Statistics of the training data; the state's is None without a state.
@@ -89,7 +90,7 @@ class VipraConfig:
     crop: tuple[int, int] = (0, 0)
     history: tuple[int, ...] = (-1, 0)
     state_names: tuple[str, ...] = ()
-    text_length: int = 128
+    words: tuple[str, ...] = ()
     prefix_attention: Attention = "causal"
     action_attention: Attention = "causal"
     draws: int = 1
@@ -137,7 +138,7 @@ class VipraConfig:
             state_names=tuple(f"s{i}" for i in range(state_dim)),
             action_normalizer=NormalizerConfig.identity(spec.dim),
             state_normalizer=NormalizerConfig.identity(state_dim) if state_dim else None,
-            text_length=32,
+            words=words_of(["push the cube", "pull it"]),
         )
 
 
@@ -147,7 +148,7 @@ class PolicyInput(NamedTuple):
     Attributes:
         images: uint8 in 0..255, RGB, shape (B, V, T, camera_size, camera_size, 3), or already cut to `image.size`.
         state: Raw state, float32, shape (B, S).
-        text: UTF-8 bytes of the instruction plus one, 0 where padded on the left, int64, shape (B, L).
+        text: Word ids of the instruction, 0 where padded on the left, 1 for unknown words, int64, shape (B, L).
     """
 
     images: Tensor
@@ -167,11 +168,20 @@ class Prefix(NamedTuple):
     valid: Tensor
 
 
-def encode_text(instructions: list[str], length: int) -> Tensor:
-    """Instructions as bytes plus one, padded with 0 on the left to the longest, cut at `length`; int64 (B, L)."""
-    rows = [instruction.encode()[:length] for instruction in instructions]
-    longest = max(1, *(len(row) for row in rows)) if rows else 1
-    return torch.tensor([[0] * (longest - len(row)) + [byte + 1 for byte in row] for row in rows], dtype=torch.int64)
+def words_of(instructions: Iterable[str]) -> tuple[str, ...]:
+    """The different words of instructions, lower case, sorted."""
+    return tuple(sorted({word for text in instructions for word in text.lower().split()}))
+
+
+def encode_text(instructions: Sequence[str], words: tuple[str, ...]) -> Tensor:
+    """Instructions as word ids from 2, padded with 0 on the left to the longest; unknown words are 1. int64 (B, L).
+
+    Source: ours. A network from scratch knows no language; a pretrained one brings its own tokenizer.
+    """
+    ids = {word: index for index, word in enumerate(words, start=2)}
+    rows = [[ids.get(word, 1) for word in text.lower().split()] for text in instructions]
+    longest = max([1, *(len(row) for row in rows)])
+    return torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
 
 
 class VipraPolicy(Pretrained):
@@ -185,7 +195,7 @@ class VipraPolicy(Pretrained):
         self.image_tokens = ImageTokens(config.image)
         self.backbone = LlamaModel(config.backbone.llama())
         self.decoder = ActionDecoder(config.decoder)
-        self.text = nn.Embedding(257, width, padding_idx=0)
+        self.text = nn.Embedding(2 + len(config.words), width, padding_idx=0)
         self.delimiters = nn.Embedding(len(DELIMITERS), width)
         self.view = nn.Embedding(len(config.cameras) * len(config.history), width)
         for table in (self.text, self.delimiters, self.view):

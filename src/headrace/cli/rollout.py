@@ -1,0 +1,136 @@
+"""`headrace rollout`: run a policy in a simulator and write results, videos and a report."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+def rollout(
+    policy: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    task: str,
+    episodes: int = 24,
+    seed: int = 0,
+    num_envs: int = 1,
+    out: Path | None = None,
+    solver: Literal["euler", "midpoint", "heun"] = "euler",
+    steps: int | None = None,
+    grid: Path | None = None,
+    execute: int | None = None,
+    ensemble: bool = False,
+    success_rule: Literal["once", "at_end"] | None = None,
+    videos: int = 10,
+    timeout: float = 300.0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    report: bool = True,
+) -> int:
+    """Run a policy in one or several tasks; writes results.json, episodes.jsonl, videos and report.html.
+
+    A run that was cut off goes on where it stopped when the same command is given again.
+
+    Args:
+        policy: Checkpoint folder, Hub id, `random`, or `oracle` where a task has a scripted expert.
+        task: Task or group name, or several with commas; `headrace tasks` lists them.
+        episodes: Episodes per task; episode i starts from seed SEED + i.
+        seed: First seed.
+        num_envs: Simulator processes.
+        out: Results folder; runs/POLICY-DATE by default.
+        solver: How the flow is followed.
+        steps: Equal solver steps (10 if neither this nor GRID is given).
+        grid: JSON file with a step grid, as BOSS writes it.
+        execute: Actions of a chunk that are carried out before the policy is asked again; half of them by default.
+        ensemble: Ask at every step and average overlapping chunks.
+        success_rule: Overrides the task's own rule.
+        videos: Videos per task.
+        timeout: Seconds after which a silent simulator counts as hung.
+        precision: `bf16` runs the network in bfloat16.
+        report: Write report.html.
+    """
+    from headrace.sim.rollout import RolloutSettings, roll_out
+    from headrace.sim.tasks import find_tasks
+
+    tasks = find_tasks(task)
+    name = Path(policy).name or policy
+    folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    chosen = settings_of(solver=solver, steps=steps, grid=grid, execute=execute, ensemble=ensemble, precision=precision)
+    results = roll_out(
+        tasks,
+        make_policy(policy, tasks, chosen),
+        RolloutSettings(
+            episodes=episodes,
+            seed=seed,
+            num_envs=num_envs,
+            success_rule=success_rule,
+            videos=videos,
+            timeout=timeout,
+        ),
+        folder,
+        policy_name=policy,
+        command=shlex.join(["headrace", *sys.argv[1:]]),
+        policy_settings=chosen if policy not in ("random", "oracle") else {},
+    )
+    for row in results["tasks"]:
+        low, high = row["ci95"]
+        print(
+            f"{row['task']}: {row['successes']}/{row['episodes']} succeeded "
+            f"({100 * row['success_rate']:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f})"
+            + (f", {row['errors']} errored" if row["errors"] else "")
+        )
+    print(f"results: {folder / 'results.json'}")
+    if report:
+        from headrace.sim.report import write_report
+
+        print(f"report:  {write_report(folder)}")
+    return int(results["errors"] > 0)
+
+
+def settings_of(**chosen: Any) -> dict[str, Any]:
+    """The policy's settings, JSON-ready, with a grid file read in.
+
+    Raises:
+        ValueError: Options that exclude each other, or a grid file that is none.
+    """
+    import json
+
+    if chosen["steps"] is not None and chosen["grid"] is not None:
+        raise ValueError("--steps and --grid exclude each other")
+    if chosen["ensemble"] and chosen["execute"] is not None:
+        raise ValueError("--ensemble asks at every step; leave out --execute")
+    if chosen["grid"] is not None:
+        data = json.loads(Path(chosen["grid"]).read_text())
+        chosen["grid"] = data["grid"] if isinstance(data, dict) else data
+    elif chosen["steps"] is None:
+        chosen["steps"] = 10
+    return {key: value for key, value in chosen.items() if value not in (None, False)}
+
+
+def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
+    """The policy that `name` stands for; None for the tasks' own experts."""
+    if name == "oracle":
+        without = [task.name for task in tasks if not task.expert]
+        if without:
+            raise ValueError(f"no scripted expert for {', '.join(without)}")
+        return None
+    if name == "random":
+        from headrace.robot.policy import RandomPolicy
+        from headrace.sim.tasks import make_environment
+
+        environment = make_environment(tasks[0])
+        spec = environment.spec
+        environment.close()
+        return RandomPolicy(spec)
+    from headrace.flow.solver import SolverSettings
+    from headrace.robot.chunking import RecedingHorizon, TemporalEnsemble
+    from headrace.robot.policy import load_policy
+
+    grid = tuple(chosen["grid"]) if "grid" in chosen else None
+    solver = SolverSettings(method=chosen["solver"], steps=chosen.get("steps"), grid=grid)
+    policy = load_policy(name, solver=solver, precision=chosen["precision"])
+    if "ensemble" in chosen:
+        return TemporalEnsemble(policy)
+    return RecedingHorizon(policy, chosen.get("execute") or max(1, policy.model.config.decoder.horizon // 2))
