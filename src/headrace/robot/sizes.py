@@ -40,7 +40,7 @@ def policy_config(
         decoder = ActionDecoderConfig(action_dim=spec.dim)
     elif size == "small":
         width = 192
-        image = ImageTokensConfig(backbone="resnet10t", size=128, width=width, stage=3, keypoints=32, groups=8)
+        image = ImageTokensConfig(backbone="resnet10t", size=128, width=width, stage=3, keypoints=32)
         backbone = BackboneConfig(width=width, layers=4, heads=3, mlp=512, rope_theta=1e4)
         decoder = ActionDecoderConfig(width=width, action_dim=spec.dim)
         history, attention, draws = (0,), "bidirectional", 4

@@ -58,7 +58,7 @@ class BackboneConfig:
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             vocab_size=1,
             max_position_embeddings=4096,
-            attn_implementation="sdpa",
+            attn_implementation="eager",
         )
 
 
@@ -194,6 +194,7 @@ class VipraPolicy(Pretrained):
         width = config.backbone.width
         self.image_tokens = ImageTokens(config.image)
         self.backbone = LlamaModel(config.backbone.llama())
+        self.backbone.embed_tokens = nn.Identity()  # embeddings are ours; an unused table would stop strict DDP
         self.decoder = ActionDecoder(config.decoder)
         self.text = nn.Embedding(2 + len(config.words), width, padding_idx=0)
         self.delimiters = nn.Embedding(len(DELIMITERS), width)
@@ -238,7 +239,7 @@ class VipraPolicy(Pretrained):
         cache = KVCache()
         self.backbone(
             inputs_embeds=embeddings,
-            attention_mask=self._mask(valid, valid.shape[1], self.config.prefix_attention, start=0),
+            attention_mask=additive(self._mask(valid, valid.shape[1], self.config.prefix_attention, start=0), embeddings.dtype),
             position_ids=positions(valid),
             past_key_values=cache,
             use_cache=True,
@@ -256,17 +257,30 @@ class VipraPolicy(Pretrained):
         Returns:
             Shape (B, H, A), float32.
         """
-        valid = torch.cat((prefix.valid, prefix.valid.new_ones(noisy.shape[:2])), 1)
-        start = prefix.valid.shape[1]
-        hidden = self.backbone(
-            inputs_embeds=self.decoder.embed(noisy, t),
-            attention_mask=self._mask(valid, noisy.shape[1], self.config.action_attention, start=start),
-            position_ids=positions(valid)[:, start:],
+        hidden = self._read_actions(prefix, self.decoder.embed(noisy, t)[:, None])
+        prefix.cache.rewind(prefix.valid.shape[1])
+        return self.decoder.velocity(hidden)
+
+    def _read_actions(self, prefix: Prefix, tokens: Tensor) -> Tensor:
+        """Hidden states of action tokens, (B, K * H, D), from their embeddings (B, K, H, D).
+
+        The K chunks of a sample share its prefix and do not see each other. Their keys are left in the cache.
+        """
+        draws, horizon, start = tokens.shape[1], tokens.shape[2], prefix.valid.shape[1]
+        one = prefix.valid.new_ones(horizon, horizon)
+        block = one.tril() if self.config.action_attention == "causal" else one
+        among = torch.block_diag(*[block] * draws).bool()
+        seen = prefix.valid[:, None, None].expand(-1, 1, draws * horizon, -1)
+        mask = torch.cat((seen, among.expand(len(seen), 1, -1, -1)), -1)
+        place = prefix.valid.sum(1, keepdim=True) + torch.arange(horizon, device=tokens.device).repeat(draws)
+        return self.backbone(
+            inputs_embeds=tokens.flatten(1, 2),
+            attention_mask=additive(mask, tokens.dtype),
+            position_ids=place,
             past_key_values=prefix.cache,
             use_cache=True,
+            cache_position=torch.arange(start, start + draws * horizon, device=tokens.device),
         ).last_hidden_state
-        prefix.cache.rewind(start)
-        return self.decoder.velocity(hidden)
 
     def velocity_uncached(self, inputs: PolicyInput, noisy: Tensor, t: Tensor) -> Tensor:
         """The same velocity from one pass over the whole sequence; for checking, and for timing the cache."""
@@ -279,7 +293,7 @@ class VipraPolicy(Pretrained):
         mask[:, :, start:] = self._mask(valid, count, self.config.action_attention, start=start)
         hidden = self.backbone(
             inputs_embeds=torch.cat((embeddings, actions), 1),
-            attention_mask=mask,
+            attention_mask=additive(mask, actions.dtype),
             position_ids=positions(valid),
             use_cache=False,
         ).last_hidden_state
@@ -299,15 +313,15 @@ class VipraPolicy(Pretrained):
         Returns:
             `total`, a scalar.
         """
-        draws = self.config.draws
+        draws, horizon = self.config.draws, self.config.decoder.horizon
         prefix = self.compute_prefix(inputs)
-        if draws > 1:
-            prefix = Prefix(prefix.cache.fork(draws), prefix.valid.repeat_interleave(draws, 0))
         data = self.normalize_action(actions).repeat_interleave(draws, 0)
         noise = torch.randn(data.shape, generator=generator, device=data.device)
         t = beta_time(data.shape[0], generator=generator, device=data.device)
         point = straight_path(noise, data, t, sigma_min=self.config.decoder.sigma_min)
-        velocity = self.velocity(prefix, point.x_t, point.t)
+        tokens = self.decoder.embed(point.x_t, point.t).unflatten(0, (-1, draws))
+        hidden = self._read_actions(prefix, tokens)
+        velocity = self.decoder.velocity(hidden.unflatten(1, (draws, horizon)).flatten(0, 1))
         weight = None if valid is None else valid.repeat_interleave(draws, 0)[..., None]
         return {"total": flow_matching_loss(velocity, point.target, weight=weight)}
 
@@ -340,3 +354,8 @@ class VipraPolicy(Pretrained):
 def positions(valid: Tensor) -> Tensor:
     """Position of each token, counting only those that are not padding; int64, shape (B, N)."""
     return (valid.long().cumsum(1) - 1).clamp_min(0)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what attention adds to its logits: 0 where seen, the lowest number elsewhere."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
