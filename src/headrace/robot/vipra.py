@@ -240,9 +240,7 @@ class VipraPolicy(Pretrained):
         cache = KVCache()
         self.backbone(
             inputs_embeds=embeddings,
-            attention_mask=additive(
-                self._mask(valid, valid.shape[1], self.config.prefix_attention, start=0), embeddings.dtype
-            ),
+            attention_mask=additive(mask, embeddings.dtype),
             position_ids=positions(valid),
             past_key_values=cache,
             use_cache=True,
