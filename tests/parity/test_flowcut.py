@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from headrace.vlm.pruning.auto import prune
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.pruning.flowcut import FlowCutConfig, FlowCutTrace, step
 from headrace.vlm.pruning.scores import Evidence, cut_size, entropy_ratio, fused_score, normalised, token_density
@@ -67,7 +68,15 @@ def test_injected_schedule(golden, which):
         for layer in range(layers):
             before = trace.kept
             found = injected_evidence(tensors, layer, images, before)
-            step(trace, found, layer=layer, last_layer=layers - 3, target=budget, config=rule)
+            step(
+                trace,
+                found.attention,
+                fused_score(found),
+                layer=layer,
+                last_layer=layers - 3,
+                target=budget,
+                config=rule,
+            )
             assert before.shape[1] == int(tensors[f"{place}/n_before"][layer])
             assert trace.kept.shape[1] == int(tensors[f"{place}/n_after"][layer])
             if (key := f"{place}/kept/{layer:02d}") in tensors:
@@ -94,6 +103,82 @@ def test_per_image_rule_keeps_what_each_image_keeps_alone(golden):
             if trace.valid is not None:  # padding carries no weight
                 real = [torch.where(trace.valid, row, 0) for row in found[:2]]
                 found = Evidence(normalised(real[0]), normalised(real[1]), found.density)
-            step(trace, found, layer=layer, last_layer=layers - 3, target=budget, config=rule)
+            step(
+                trace,
+                found.attention,
+                fused_score(found),
+                layer=layer,
+                last_layer=layers - 3,
+                target=budget,
+                config=rule,
+            )
         for image in range(config["B"]):
             assert torch.equal(trace.kept[image], tensors[f"inj/out/T{budget}/img{image}/kept_final"][0])
+
+
+@pytest.fixture(scope="module")
+def tower(golden):
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config, tensors = golden
+    model = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=config["w"], intermediate_size=config["ff"], num_hidden_layers=config["L"],
+            num_attention_heads=config["h"], image_size=config["img"], patch_size=config["patch"],
+        )
+    )  # fmt: skip
+    state = {k.removeprefix("state_dict/clip/"): v for k, v in tensors.items() if k.startswith("state_dict/clip/")}
+    own = set(model.state_dict())
+    state = {k if k in own else k.removeprefix("vision_model."): v for k, v in state.items()}
+    model.load_state_dict({k: v for k, v in state.items() if not k.endswith("position_ids")})
+    return model.eval()
+
+
+@torch.no_grad()
+def run_tower(tower, pixels, config, budget, rule):
+    layer = config["select_layer"] - config["L"]  # as an index into the hidden states
+    settings = FlowCutConfig(budget=Budget(tokens=budget), history=config["beta"], batch_rule=rule)
+    with prune(tower, settings, feature_layer=layer) as cut:
+        states = tower(pixels, output_hidden_states=True).hidden_states
+    return states, states[layer][:, 1:], cut.report
+
+
+@pytest.mark.parametrize("which", ["batch", "img0", "img1"])
+def test_clip_keeps_the_official_tokens(golden, tower, which):
+    config, tensors = golden
+    pixels = tensors["clip/in/pixel_values"]
+    pixels = pixels if which == "batch" else pixels[int(which[3:])][None]
+    for budget in (int(name[1:]) for name in groups(tensors, "clip/out/") if name.startswith("T")):
+        place = f"clip/out/T{budget}/{which}"
+        if f"{place}/kept_final" not in tensors:
+            continue
+        states, feature, report = run_tower(tower, pixels, config, budget, "max")
+        assert torch.equal(torch.tensor(report.kept), tensors[f"{place}/kept_final"])
+        torch.testing.assert_close(feature, tensors[f"{place}/feature"], rtol=1e-4, atol=1e-4)
+        if (key := f"{place}/tokens_per_state") in tensors:
+            assert [s.shape[1] - 1 for s in states] == tensors[key].tolist()
+        if (key := f"{place}/entropy_ratio") in tensors:
+            got = torch.tensor([report.facts[0]["entropy"][i] for i in sorted(report.facts[0]["entropy"])])
+            torch.testing.assert_close(got, tensors[key], rtol=1e-4, atol=1e-4)
+
+
+def test_per_image_rule_in_the_encoder(golden, tower):
+    """Pictures of one batch, cut to different lengths on the way, end as each does alone."""
+    config, tensors = golden
+    pixels = tensors["clip/in/pixel_values"]
+    budget = max(int(name[1:]) for name in groups(tensors, "clip/out/") if name.startswith("T"))
+    _, together, report = run_tower(tower, pixels, config, budget, "per_image")
+    for image in range(len(pixels)):
+        _, alone, own = run_tower(tower, pixels[image][None], config, budget, "per_image")
+        assert report.kept[image] == own.kept[0]
+        torch.testing.assert_close(together[image], alone[0], rtol=1e-4, atol=1e-4)
+        if (key := f"clip/out/T{budget}/img{image}/kept_final") in tensors:
+            assert own.kept[0] == tensors[key][0].tolist()
+
+
+def test_the_unpruned_tower_is_the_official_one(golden, tower):
+    config, tensors = golden
+    with torch.no_grad():
+        states = tower(tensors["clip/in/pixel_values"], output_hidden_states=True).hidden_states
+    feature = states[config["select_layer"] - config["L"]][:, 1:]
+    torch.testing.assert_close(feature, tensors["clip/out/unpruned_feature"], rtol=1e-4, atol=1e-4)
