@@ -223,13 +223,11 @@ class _Pictures:
         return cls(files, file_of_row, frame_of_row)
 
     def copy_to(self, target: np.ndarray, rows: np.ndarray) -> None:
-        """Fill `target` (B, T, height, width, 3) with the pictures of `rows` (B, T)."""
-        if len(self._files) == 1:
-            target[:] = self._files[0].pictures[self._frame[rows]]
-            return
-        for file in np.unique(self._file[rows]):
-            here = self._file[rows] == file
-            target[here] = self._files[file].pictures[self._frame[rows][here]]
+        """Fill `target` (B, T, height, width, 3) with the pictures of `rows` (B, T), each copied once."""
+        files, frames = self._file[rows].tolist(), self._frame[rows].tolist()
+        for sample, here in enumerate(zip(files, frames, strict=True)):
+            for step, (file, frame) in enumerate(zip(*here, strict=True)):
+                target[sample, step] = self._files[file].pictures[frame]
 
 
 def _nearest(times: np.ndarray, wanted: np.ndarray, fps: float, path: Path) -> np.ndarray:
