@@ -18,6 +18,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vqa compare": ("headrace.cli.vqa:compare", "two runs on the same questions, with paired intervals"),
     "vqa merge": ("headrace.cli.vqa:merge", "join the shards of a run"),
     "vqa report": ("headrace.cli.vqa:report", "one self-contained HTML page about runs"),
+    "tokenizer train": ("headrace.cli.tokenizer_train:train", "train a TokenFlow tokenizer"),
+    "tokenizer eval": ("headrace.cli.tokenizer_eval:evaluate", "measure how well a tokenizer gives pictures back"),
+    "tokenizer reconstruct": ("headrace.cli.tokenizer_eval:reconstruct", "show pictures beside their reconstructions"),
 }
 EXIT_OK, EXIT_ERROR, EXIT_USAGE = 0, 1, 2
 

@@ -116,6 +116,19 @@ class TokenFlowConfig:
         )
 
     @classmethod
+    def mini(cls) -> Self:
+        """Trains on two CPU cores: 64 px, 16x16 grid, 341 codes a picture of 256, EfficientNet-Lite0 as the teacher."""
+        pixels = VQGANConfig(width=32, multipliers=(1, 2, 2), blocks=1, latent=64)
+        return cls(
+            size=64,
+            tower=TowerConfig(size=64, patch=4, width=128, depth=3, heads=4, hidden=256),
+            semantic_decoder=SemanticDecoderConfig(width=128, depth=2, heads=4, grid=16, teacher=112),
+            pixel_encoder=pixels,
+            pixel_decoder=pixels,
+            quantizer=MultiScaleConfig(scales=(1, 2, 4, 8, 16), dims=(16, 8), codes=256),
+        )
+
+    @classmethod
     def tiny(cls) -> Self:
         """The smallest that runs every part: 64 px, 4x4 grid, 256 codes, 30 codes a picture."""
         pixels = VQGANConfig(width=32, latent=64)
@@ -145,7 +158,7 @@ class TokenFlow(Tokenizer):
     """The tokenizer. `encode` gives int64 codes, scale by scale; pictures are in [-1, 1]."""
 
     Config = TokenFlowConfig
-    VARIANTS = ("b_256", "b", "b_enhanced", "l", "xl", "tiny")
+    VARIANTS = ("b_256", "b", "b_enhanced", "l", "xl", "mini", "tiny")
     kind = "discrete"
 
     def __init__(self, config: TokenFlowConfig) -> None:

@@ -62,6 +62,7 @@ class TokenFlowTraining(nn.Module):
         perceptual: Two batches of pictures to distances (B,), frozen.
         critic: The discriminator.
         config: Weights of the terms.
+        restart: Restart of unused codes; off in the release.
     """
 
     steps: Tensor
@@ -74,12 +75,14 @@ class TokenFlowTraining(nn.Module):
         perceptual: nn.Module,
         critic: PatchCritic,
         config: TokenFlowLossConfig = TokenFlowLossConfig(),
+        restart: CodeRestart | None = None,
     ) -> None:
         super().__init__()
         if teacher is None and config.stage == "all":
             raise ValueError("stage 'all' needs a teacher")
         self.model, self.teacher, self.perceptual, self.critic, self.config = model, teacher, perceptual, critic, config
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.restart = restart
         self.latest: tuple[Tensor, Tensor] | None = None
         if config.stage == "decoder":
             model.requires_grad_(False)
@@ -151,7 +154,6 @@ def build_optimizer(
     lr: float = 1e-4,
     clip: float = 1.0,
     tower_factor: float = 1.0,
-    restart: CodeRestart | None = None,
 ) -> torch.optim.Adam:
     """Adam (0.9, 0.95) over tokenizer and critic, each with its own gradient clipping, as the release trains them.
 
@@ -162,7 +164,6 @@ def build_optimizer(
         lr: Learning rate; constant in the release.
         clip: Largest gradient norm of each of the two networks.
         tower_factor: Factor on the learning rate of the pretrained tower; the release uses 1.
-        restart: Restart of dead codes, off in the release.
     """
     tower = [p for p in training.model.tower.parameters() if p.requires_grad]
     ours = {id(p) for p in tower}
@@ -178,13 +179,12 @@ def build_optimizer(
         nn.utils.clip_grad_norm_(critic, clip)
 
     optimizer.register_step_pre_hook(clip_each)
-    if restart is not None:
 
-        def revive(*_: object) -> None:
-            assert training.latest is not None
-            restart.after_step(training.model.quantizer, *training.latest, optimizer)
+    def revive(*_: object) -> None:
+        if training.restart is not None and training.latest is not None:
+            training.restart.after_step(training.model.quantizer, *training.latest, optimizer)
 
-        optimizer.register_step_post_hook(revive)
+    optimizer.register_step_post_hook(revive)
     return optimizer
 
 

@@ -1,0 +1,126 @@
+"""`headrace tokenizer eval` and `reconstruct`: measure a tokenizer, and look at what it gives back."""
+
+import base64
+import html
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+
+def evaluate(
+    tokenizer: str,
+    /,
+    *,
+    data: str,
+    count: int = 256,
+    batch_size: int = 16,
+    vgg: Path | None = None,
+    inception: Path | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+) -> int:
+    """Measure how well a tokenizer gives pictures back: PSNR, SSIM, perceptual and Fréchet distances, use of codes.
+
+    Args:
+        tokenizer: Folder, Hub id, or a name such as `tokenflow:tiny` (random weights).
+        data: A folder of pictures, or `crops`, `shapes`, `mixed` (held-out ones).
+        count: Pictures at most.
+        batch_size: Pictures per pass.
+        vgg: VGG-16 weights for LPIPS; left out without.
+        inception: Inception weights of torch-fidelity for rFID; left out without.
+        out: JSON file to write.
+        seed: Of the built-in pictures.
+    """
+    from headrace.cli.tokenizer_pictures import in_batches, open_pictures
+    from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
+    from headrace.nn.pretrained import void, write_atomically
+    from headrace.tokenizers.auto import load_tokenizer
+    from headrace.tokenizers.reconstruction import evaluate as measure
+
+    model = load_tokenizer(tokenizer)
+    pictures = open_pictures(data, model.preprocessing, part="held_out", count=count, seed=seed)
+    try:
+        offline = EfficientNetLite0.from_package(side=128)
+    except ModuleNotFoundError:
+        offline = None
+    report = measure(
+        model,
+        in_batches(pictures, count, batch_size),
+        efficientnet=offline,
+        lpips=None if vgg is None else LpipsVGG.from_files(vgg),
+        inception=inception,
+    )
+    text = json.dumps({"tokenizer": tokenizer, "data": data, "seed": seed, **asdict(report)}, indent=2)
+    print(text)
+    if out is not None:
+        write_atomically(out, lambda path: void(path.write_text(text + "\n")))
+    return 0
+
+
+def reconstruct(
+    tokenizer: str, /, *, data: str, out: Path = Path("reconstruction"), count: int = 16, seed: int = 0
+) -> int:
+    """Write a PNG grid of pictures and their reconstructions, and an HTML page with PSNR and coarse previews.
+
+    Args:
+        tokenizer: Folder, Hub id, or a name such as `tokenflow:tiny` (random weights).
+        data: A folder of pictures, or `crops`, `shapes`, `mixed` (held-out ones).
+        out: Folder of `grid.png` and `index.html`.
+        count: Pictures at most.
+        seed: Of the built-in pictures.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from headrace.cli.tokenizer_pictures import open_pictures
+    from headrace.nn.pretrained import void, write_atomically
+    from headrace.tokenizers.auto import load_tokenizer
+    from headrace.tokenizers.tokenflow import TokenFlow
+    from headrace.tokenizers.uniflow_protocol import psnr
+
+    model = load_tokenizer(tokenizer)
+    pictures = open_pictures(data, model.preprocessing, part="held_out", count=count, seed=seed)
+    inputs = pictures.batch(np.arange(min(count, len(pictures))))
+    columns = [("picture", inputs)]
+    with torch.no_grad():
+        tokens = model.encode(inputs)
+        if isinstance(model, TokenFlow):
+            ends = np.cumsum(model.config.quantizer.counts)[:-1]
+            for end in ends[len(ends) // 2 :: 2]:
+                columns.append((f"first {end} codes", model.decode(tokens[:, :end])))
+        columns.append(("reconstruction", model.decode(tokens)))
+    scores = psnr(model.preprocessing.to_unit(inputs), model.preprocessing.to_unit(columns[-1][1]))
+    shown = [(name, model.preprocessing.to_uint8(images)) for name, images in columns]
+    grid = np.concatenate([np.concatenate(list(images), axis=0) for _, images in shown], axis=1)
+    write_atomically(out / "grid.png", lambda path: Image.fromarray(grid).save(path, format="PNG"))
+    page = _page(tokenizer, [(name, [_embedded(p) for p in images]) for name, images in shown], scores.tolist())
+    write_atomically(out / "index.html", lambda path: void(path.write_text(page, encoding="utf-8")))
+    print(f"mean PSNR {scores.mean():.2f} dB over {len(scores)} pictures; see {out / 'index.html'}")
+    return 0
+
+
+def _embedded(picture) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _page(title: str, columns: list[tuple[str, list[str]]], scores: list[float]) -> str:
+    """One self-contained page: a row per picture, a column per stage."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in columns) + "<th>PSNR [dB]</th>"
+    rows = "".join(
+        "<tr>"
+        + "".join(f'<td><img src="{images[i]}" alt="{html.escape(name)} {i}"></td>' for name, images in columns)
+        + f"<td>{score:.2f}</td></tr>"
+        for i, score in enumerate(scores)
+    )
+    style = "body{font:15px sans-serif;margin:2em}td,th{padding:4px;text-align:center}img{min-width:96px}"
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f"<style>{style}</style><h1>{html.escape(title)}</h1><p>{len(scores)} pictures.</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></html>\n"
+    )

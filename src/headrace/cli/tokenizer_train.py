@@ -1,0 +1,141 @@
+"""`headrace tokenizer train`: train TokenFlow, or only a new pixel decoder for a trained one."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def train(
+    *,
+    data: str,
+    out: Path,
+    variant: str = "mini",
+    start: str | None = None,
+    stage: Literal["all", "decoder"] = "all",
+    teacher: Literal["efficientnet", "tower"] = "efficientnet",
+    vgg: Path | None = None,
+    steps: int = 1000,
+    batch_size: int = 8,
+    lr: float = 1e-4,
+    tower_factor: float = 1.0,
+    adversarial_start: int = 20_000,
+    scale_drop: float = 0.1,
+    distance_weights: tuple[float, float] = (1.0, 1.0),
+    restart_every: int = 0,
+    ema_decay: float | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
+    checkpoint_every: int = 1000,
+    seed: int = 0,
+    resume: bool = False,
+) -> int:
+    """Train a TokenFlow tokenizer and write it to OUT/model.
+
+    Args:
+        data: A folder of pictures, or `crops`, `shapes`, `mixed` (made from what packages ship).
+        out: Run folder; checkpoints, log, and at the end the tokenizer in `model` (and `model_ema`).
+        variant: Configuration, such as `mini`, `b`, `b_256`, `l`, `xl`. For stage `decoder`, the one whose pixel
+            decoder is wanted.
+        start: Tokenizer folder to go on from; stage `decoder` needs it.
+        stage: `all`, or `decoder` for an enhanced pixel decoder on fixed codes.
+        teacher: `efficientnet` works offline; `tower` loads the published weights of the variant's tower, which then is
+            also where the student starts.
+        vgg: VGG-16 weights for LPIPS; without them the perceptual term is EfficientNet-Lite0's.
+        steps: Updates in all.
+        batch_size: Pictures per update, over all processes.
+        lr: Learning rate, constant.
+        tower_factor: Factor on it for the tower.
+        adversarial_start: Update from which the critic takes part.
+        scale_drop: Probability of leaving out a scale in an update.
+        distance_weights: Weight of the semantic and the pixel codebook in the shared distance; a tiny weight for one
+            makes the other choose alone.
+        restart_every: Updates between restarts of unused codes; 0 for none, as published.
+        ema_decay: Average the weights with this decay, too.
+        precision: Of the forward pass; quantisation always runs in float32.
+        checkpoint_every: Updates between checkpoints.
+        seed: Of weights, order and crops.
+        resume: Go on with the run in OUT.
+    """
+    import torch
+
+    from headrace.cli.tokenizer_pictures import open_pictures
+    from headrace.nn.quantizers.code_restart import CodeRestart
+    from headrace.tokenizers.tokenflow_critic import PatchCritic
+    from headrace.tokenizers.tokenflow_loss import TokenFlowLossConfig, TokenFlowTraining, build_optimizer
+    from headrace.training.batches import batches
+    from headrace.training.loop import fit
+
+    torch.manual_seed(seed)
+    model = _model(variant, start, stage, distance_weights)
+    config = TokenFlowLossConfig(stage=stage, adversarial_start=adversarial_start, scale_drop=scale_drop)
+    training = TokenFlowTraining(
+        model,
+        teacher=_teacher(model, teacher) if stage == "all" else None,
+        perceptual=_perceptual(vgg),
+        critic=PatchCritic() if model.config.size > 64 else PatchCritic(width=16, layers=2),
+        config=config,
+        restart=CodeRestart(model.config.quantizer.codes, every=restart_every, seed=seed) if restart_every else None,
+    )
+    optimizer = build_optimizer(training, lr=lr, tower_factor=tower_factor)
+    pictures = open_pictures(data, model.preprocessing, part="training", count=100_000, seed=seed)
+    fitted = fit(
+        training,
+        lambda module, images, generator: module(images, generator),
+        optimizer,
+        batches(pictures, batch_size, seed=seed),
+        steps=steps,
+        out=out,
+        resume=resume,
+        seed=seed,
+        clip=None,  # each network is clipped by the optimizer's hook
+        ema_decay=ema_decay,
+        precision=precision,
+        checkpoint_every=checkpoint_every,
+        keep=1,
+        find_unused=True,  # the critic has no gradient before its start
+        settings={"data": data, "variant": variant, "stage": stage, "teacher": teacher},
+    )
+    model.save_pretrained(out / "model")
+    if fitted.ema is not None:
+        with fitted.ema.applied_to(training):
+            model.save_pretrained(out / "model_ema")
+    print(f"{fitted.step} updates, {fitted.seconds:.0f} s in this run; the tokenizer is in {out / 'model'}")
+    return 0
+
+
+def _model(variant, start, stage, distance_weights):
+    from dataclasses import replace
+
+    from headrace.tokenizers.auto import new_tokenizer
+    from headrace.tokenizers.tokenflow import TokenFlow
+    from headrace.tokenizers.tokenflow_loss import with_new_decoder
+
+    fresh = new_tokenizer(f"tokenflow:{variant}")
+    if stage == "decoder":
+        if start is None:
+            raise ValueError("stage 'decoder' trains a decoder for a trained tokenizer: name its folder with --start")
+        return with_new_decoder(TokenFlow.from_pretrained(start), fresh.config.pixel_decoder)
+    if start is not None:
+        return TokenFlow.from_pretrained(start)
+    quantizer = replace(fresh.config.quantizer, weights=distance_weights)
+    return fresh if quantizer == fresh.config.quantizer else TokenFlow(replace(fresh.config, quantizer=quantizer))
+
+
+def _teacher(model, name):
+    from headrace.nn.perceptual import EfficientNetLite0
+    from headrace.tokenizers.tokenflow_teacher import EfficientNetTeacher, pretrained_teacher
+
+    if name == "tower":
+        return pretrained_teacher(model.tower, model.config.tower)
+    wanted, grid = model.config.semantic_decoder.teacher, model.config.quantizer.grid
+    if wanted != EfficientNetTeacher.width:
+        raise ValueError(
+            f"the EfficientNet teacher has {EfficientNetTeacher.width} channels, this variant predicts {wanted}; use "
+            "--teacher tower, or --variant mini"
+        )
+    side = max(64, min(224, 8 * grid // 32 * 32))
+    return EfficientNetTeacher(EfficientNetLite0.from_package(side=side), grid=grid)
+
+
+def _perceptual(vgg):
+    from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
+
+    return LpipsVGG.from_files(vgg) if vgg is not None else EfficientNetLite0.from_package(side=64)
