@@ -1,0 +1,111 @@
+"""Does a trained FlowTok draw what a caption says, and say what a picture shows? Judged on 36 captions of shapes.
+
+A small convolutional probe is trained on real pictures (colour, shape, row and column); its accuracy on fresh real
+pictures is reported beside its verdict on generated ones. Captions are compared word for word.
+
+    python benchmarks/flowtok_accuracy.py --model runs/flowtok/model
+"""
+
+import itertools
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor, nn
+
+from headrace.datasets.captioned_shapes import CAPTIONS, CaptionedShapes
+from headrace.tokenizers.flowtok import FlowTok
+from headrace.tokenizers.uniflow_protocol import psnr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure."""
+
+    model: Path
+    per_caption: int = 10
+    steps: tuple[int, ...] = (5, 20)
+    guidance: tuple[float, ...] = (1.0, 2.0)
+    probe_steps: int = 400
+    seed: int = 1000
+
+
+def probe(size: int, steps: int, seed: int) -> nn.Module:
+    """A classifier of the 36 captions, trained on real pictures."""
+    torch.manual_seed(seed)
+    widths, parts = (3, 16, 32, 64), []
+    for before, after in itertools.pairwise(widths):
+        parts += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+    net = nn.Sequential(*parts, nn.Flatten(), nn.LazyLinear(len(CAPTIONS)))
+    shapes = CaptionedShapes(size=size, count=10**6, seed=seed)
+    net(shapes.batch(np.arange(2)).images)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3)
+    for step in range(steps):
+        batch = shapes.batch(np.arange(step * 72, (step + 1) * 72))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(batch.images), batch.label).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def interval(right: int, total: int) -> list[float]:
+    """Wilson's 95 % interval of a share."""
+    z, p = 1.96, right / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * (p * (1 - p) / total + z * z / (4 * total**2)) ** 0.5 / (1 + z * z / total)
+    return [round(centre - half, 4), round(min(1.0, centre + half), 4)]
+
+
+def share(hits: Tensor) -> dict[str, object]:
+    """Share of hits with its interval and size."""
+    right, total = int(hits.sum()), hits.numel()
+    return {"share": round(right / total, 4), "interval95": interval(right, total), "n": total}
+
+
+@torch.no_grad()
+def measure(options: Options) -> dict[str, object]:
+    """All figures as JSON-ready values."""
+    model = FlowTok.from_pretrained(options.model)
+    size = model.config.image.image_size
+    with torch.enable_grad():
+        judge = probe(size, options.probe_steps, seed=options.seed + 1)
+    count = options.per_caption * len(CAPTIONS)
+    real = CaptionedShapes(size=size, count=count, seed=options.seed).batch(np.arange(count))
+    texts = [CAPTIONS[i] for i in real.label.tolist()]
+    again = model.decode(model.encode(real.images), captions=texts).clamp(0, 1)
+    flat = real.images.mean(0, keepdim=True).expand_as(real.images)
+    out: dict[str, object] = {
+        "probe_on_real": share(judge(real.images).argmax(1) == real.label),
+        "probe_on_reconstructions": share(judge(again).argmax(1) == real.label),
+        "reconstruction_psnr": round(psnr(real.images, again).mean().item(), 2),
+        "mean_image_psnr": round(psnr(real.images, flat).mean().item(), 2),
+    }
+    for guidance in options.guidance:
+        for steps in options.steps:
+            started = time.perf_counter()
+            drawn = model.generate(texts, steps=steps, guidance=guidance, seed=None)
+            key = f"guidance {guidance:g}, {steps} steps"
+            noisy = model.generate(texts, steps=steps, guidance=guidance, seed=options.seed)
+            written = model.caption(real.images, steps=steps, guidance=guidance)
+            read_back = model.caption(drawn, steps=steps, guidance=guidance)
+            pairs = [(a == b, c == b) for a, b, c in zip(written, texts, read_back, strict=True)]
+            correct, loop = torch.tensor(pairs).T
+            out[key] = {
+                "text_to_image_noise_free": share(judge(drawn).argmax(1) == real.label),
+                "text_to_image_sampled": share(judge(noisy).argmax(1) == real.label),
+                "image_to_text": share(correct),
+                "text_to_image_to_text": share(loop),
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+    shuffled = model.generate(texts[7:] + texts[:7], steps=options.steps[-1], guidance=1.0, seed=None)
+    out["wrong_captions_guidance_1"] = share(judge(shuffled).argmax(1) == real.label)
+    return out
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options)
+    print(json.dumps(measure(options), indent=1))

@@ -1,0 +1,106 @@
+"""FlowTok sampling against a diffusion transformer on a 2D latent of the same depth and width, at 256 px, side by side.
+
+FlowTok carries 77 tokens of 16 numbers and decodes them with its transformer. The peer carries a 32 x 32 x 4 latent, cut
+into 1 x 1 or 2 x 2 patches (1024 or 256 tokens), with the same blocks and conditioning, and decodes with a VQGAN decoder
+of factor 8. Same Euler steps and guidance, two network calls per step in one batch, text encoding left out on both
+sides. Weights are random: speed does not depend on them. Rounds alternate.
+
+    OMP_NUM_THREADS=2 python benchmarks/flowtok_sampling_speed.py --size b --rounds 3
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from headrace.nn.dit import SequenceDiT, SequenceDiTConfig
+from headrace.tokenizers.flowtok_bridge import transport
+from headrace.tokenizers.flowtok_config import NETS, published_net
+from headrace.tokenizers.flowtok_image import TokenVAE, TokenVAEConfig
+from headrace.tokenizers.vqgan import VQGANConfig, VQGANDecoder
+
+LATENT_SIDE, LATENT_CHANNELS = 32, 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to measure."""
+
+    size: Literal["s", "b", "l", "xl"] = "b"
+    steps: int = 20
+    guidance: float = 2.0
+    rounds: int = 3
+    threads: int = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+
+def plane_net(size: str, patch: int) -> SequenceDiT:
+    """The same transformer over the patches of a 2D latent."""
+    width, depth, heads = NETS[size]
+    tokens = (LATENT_SIDE // patch) ** 2
+    channels = LATENT_CHANNELS * patch * patch
+    return SequenceDiT(
+        SequenceDiTConfig(tokens=tokens, channels=channels, width=width, depth=depth, heads=heads)
+    ).eval()
+
+
+def seconds(run: Callable[[], Tensor]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+@torch.no_grad()
+def measure(options: Options) -> dict[str, object]:
+    """Median seconds per image: flow alone, decoder alone, together, and the ratios to FlowTok."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    net = SequenceDiT(published_net(options.size)).eval()
+    vae = TokenVAE(TokenVAEConfig()).eval()
+    planes = {patch: plane_net(options.size, patch) for patch in (1, 2)}
+    conv = VQGANDecoder(VQGANConfig(multipliers=(1, 2, 4, 4), latent=LATENT_CHANNELS)).eval()
+    text = torch.randn(1, 77, 768)
+
+    def flow(which: SequenceDiT) -> Tensor:
+        source = torch.randn(1, which.config.tokens, which.config.channels)
+        return transport(which, source, steps=options.steps, guidance=options.guidance)
+
+    runs: dict[str, Callable[[], Tensor]] = {
+        "flowtok_flow": lambda: flow(net),
+        "flowtok_decoder": lambda: vae.decode(torch.randn(1, 77, 16), text),
+        "plane_patch1_flow": lambda: flow(planes[1]),
+        "plane_patch2_flow": lambda: flow(planes[2]),
+        "plane_decoder": lambda: conv(torch.randn(1, LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE)),
+    }
+    with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+        for run in runs.values():
+            run()
+        times = [{name: seconds(run) for name, run in runs.items()} for _ in range(options.rounds)]
+    medians = {name: torch.tensor([row[name] for row in times]).median().item() for name in runs}
+    ours = medians["flowtok_flow"] + medians["flowtok_decoder"]
+    ratios = {}
+    for patch in (1, 2):
+        theirs = medians[f"plane_patch{patch}_flow"] + medians["plane_decoder"]
+        ratios[f"patch{patch}_flow_alone"] = round(medians[f"plane_patch{patch}_flow"] / medians["flowtok_flow"], 2)
+        ratios[f"patch{patch}_with_decoder"] = round(theirs / ours, 2)
+    return {
+        "size": options.size,
+        "steps": options.steps,
+        "guidance": options.guidance,
+        "precision": options.precision,
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "net_parameters": sum(p.numel() for p in net.parameters()),
+        "seconds": {name: round(value, 3) for name, value in medians.items()},
+        "ratio": ratios,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(tyro.cli(Options)), indent=1))

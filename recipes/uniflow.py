@@ -1,0 +1,266 @@
+"""Adapt a vision transformer into a UniFlow tokenizer: pixels by flow, meaning by layer-wise adaptive distillation.
+
+Source: arXiv 2510.10575; the authors released no training code, and optimizer settings that the paper does not state
+are our defaults. At published size give `--encoder internvit_300m` and a folder of pictures; `tiny` needs nothing: it
+first trains a small transformer to read 36 captions of rendered shapes, which then plays the pretrained encoder.
+
+    python recipes/uniflow.py --out runs/uniflow                       # tiny, about 10 minutes on 2 cores
+    python recipes/uniflow.py --out runs/uniflow-l --encoder internvit_300m --pictures photos/
+"""
+
+import copy
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor, nn
+
+from headrace.datasets.captioned_shapes import CAPTIONS, CaptionedShapes
+from headrace.datasets.picture_crops import PictureCrops
+from headrace.nn.distill import LayerwiseDistillation, Weighting
+from headrace.tokenizers.base import Preprocessing
+from headrace.tokenizers.uniflow import UniFlow
+from headrace.tokenizers.uniflow_config import UniFlowConfig
+from headrace.tokenizers.uniflow_loss import parameter_groups, uniflow_loss
+from headrace.tokenizers.uniflow_protocol import psnr, seam_ratio
+from headrace.training.batches import batches
+from headrace.training.loop import fit
+from headrace.training.schedule import Schedule
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to train. Zeros mean the size's own value: 70,000 steps of 512 pictures at published size.
+
+    Attributes:
+        out: Run folder; `model` and `probe.json` are written there.
+        encoder: Configuration; `tiny` trains its own teacher first.
+        pictures: Folder of pictures; needed for every size but `tiny`.
+        teacher_steps: Updates of the tiny teacher.
+        steps: Updates.
+        batch: Pictures per update.
+        lr: Learning rate of the new modules; the encoder gets a quarter.
+        weighting: Layer weighting of the distillation, `last` for plain feature distillation.
+        distill_weight: Factor on it; 0 trains on pixels alone.
+        precision: bf16 computes under autocast, losses stay float32.
+        seed: Of everything.
+        resume: Go on from the newest checkpoint.
+    """
+
+    out: Path
+    encoder: Literal["tiny", "internvit_300m", "dinov2_l", "dfn_clip_l", "siglip2_so400m"] = "tiny"
+    pictures: Path | None = None
+    teacher_steps: int = 300
+    steps: int = 0
+    batch: int = 0
+    lr: float = 0.0
+    weighting: Weighting = "adaptive"
+    distill_weight: float = 1.0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 0
+    resume: bool = False
+
+
+class Folder:
+    """All pictures under a folder as normalised crops of the encoder's size, half of them mirrored."""
+
+    def __init__(self, folder: Path, preprocessing: Preprocessing) -> None:
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if not self.files:
+            raise SystemExit(f"no {', '.join(SUFFIXES)} under {folder}")
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return 2 * len(self.files)
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        opened = [Image.open(self.files[i // 2]).convert("RGB") for i in indices.tolist()]
+        images = self.preprocessing(opened)
+        mirrored = torch.from_numpy(indices % 2 == 1)
+        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+class ShapesAndPhotos:
+    """Half rendered shapes, half crops of photographs, normalised for the encoder."""
+
+    def __init__(self, preprocessing: Preprocessing, *, count: int, seed: int) -> None:
+        self.shapes = CaptionedShapes(size=preprocessing.size, count=count, seed=seed)
+        self.photos = PictureCrops(size=preprocessing.size, count=count, seed=seed)
+        self.preprocessing, self.count = preprocessing, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        half = len(indices) // 2
+        parts = [self.shapes.batch(indices[:half]).images] if half else []
+        return normalised(torch.cat([*parts, self.photos.batch(indices[half:])]), self.preprocessing)
+
+
+def normalised(images: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pictures in [0, 1] as the encoder takes them."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    return (images - mean) / std
+
+
+def tiny_config() -> UniFlowConfig:
+    """The tiny configuration with 64 latent channels, a third of a patch's 192 numbers."""
+    return dataclasses.replace(UniFlowConfig.tiny(), latent_channels=64)
+
+
+class Reader(nn.Module):
+    """The tiny teacher in training: its patch tokens, averaged, name the caption."""
+
+    def __init__(self, model: UniFlow) -> None:
+        super().__init__()
+        self.encoder, self.head = model.encoder, nn.Linear(model.feature_dim, len(CAPTIONS))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :].mean(1))
+
+
+def train_tiny_teacher(model: UniFlow, *, steps: int, seed: int, batch: int = 72) -> float:
+    """Teach the model's encoder to read captions of shapes, in place; returns the last loss."""
+    reader = Reader(model).train()
+    shapes = CaptionedShapes(size=model.preprocessing.size, count=10**6, seed=seed + 10_000)
+    optimizer = torch.optim.AdamW(reader.parameters(), lr=5e-4)
+    schedule = Schedule(kind="cosine", warmup=max(1, steps // 10), steps=max(2, steps), floor=0.05)
+    loss = torch.tensor(0.0)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * schedule.factor(step)
+        images, label = shapes.batch(np.arange(step * batch, (step + 1) * batch))
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = reader(normalised(images, model.preprocessing))
+        loss = nn.functional.cross_entropy(scores.float(), label)
+        loss.backward()
+        nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+        optimizer.step()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def pooled(encoder: nn.Module, images: Tensor, size: int = 64) -> Tensor:
+    """Mean patch token after the last norm, in batches."""
+    parts = [encoder.forward_features(part)[:, encoder.num_prefix_tokens :].mean(1) for part in images.split(size)]
+    return torch.cat(parts)
+
+
+def linear_probe(encoder: nn.Module, preprocessing: Preprocessing, *, train: int = 1440, test: int = 1080) -> float:
+    """Accuracy on held-out shapes of a ridge regression from pooled tokens to one of 36 captions."""
+    encoder.eval()
+    sets = [CaptionedShapes(size=preprocessing.size, count=n, seed=s) for n, s in ((train, 777), (test, 778))]
+    features, labels = [], []
+    for shapes in sets:
+        images, label = shapes.batch(np.arange(len(shapes)))
+        features.append(pooled(encoder, normalised(images, preprocessing)).double())
+        labels.append(label)
+    mean, std = features[0].mean(0), features[0].std(0) + 1e-6
+    x, y = ((f - mean) / std for f in features)
+    goal = nn.functional.one_hot(labels[0], len(CAPTIONS)).double() - 1 / len(CAPTIONS)
+    weights = torch.linalg.solve(x.T @ x + 10.0 * torch.eye(x.shape[1], dtype=x.dtype), x.T @ goal)
+    return float(((y @ weights).argmax(1) == labels[1]).double().mean())
+
+
+@torch.no_grad()
+def report(model: UniFlow, *, count: int = 64, seed: int = 779) -> dict[str, float]:
+    """One-step and four-step PSNR [dB] on held-out shapes and photographs, and the seam ratio of picture and copy."""
+    model.eval()
+    size, unit = model.preprocessing.size, model.preprocessing.to_unit
+    held_out = {
+        "shapes": CaptionedShapes(size=size, count=count, seed=seed).batch(np.arange(count)).images,
+        "photos": PictureCrops(size=size, count=count, part="held_out", seed=seed).batch(np.arange(count)),
+    }
+    figures = {}
+    for name, pictures in held_out.items():
+        latents = model.encode(normalised(pictures, model.preprocessing))
+        copies = {steps: unit(model.decode(latents, steps=steps)) for steps in (1, 4)}
+        figures |= {f"psnr_{name}_{s}step": round(psnr(pictures, copy).mean().item(), 2) for s, copy in copies.items()}
+        patch = model.config.encoder.patch
+        figures[f"seam_{name}"] = round(seam_ratio(copies[1], patch).mean().item(), 3)
+        figures[f"seam_{name}_original"] = round(seam_ratio(pictures, patch).mean().item(), 3)
+    return figures
+
+
+class Loss:
+    """UniFlow's loss as `fit` calls it; holds the frozen teacher and feeds the latent statistics."""
+
+    def __init__(self, distillation: LayerwiseDistillation | None) -> None:
+        self.distillation = distillation
+
+    def __call__(self, model: UniFlow, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        if self.distillation is not None:
+            self.distillation.to(batch.device)
+        terms = uniflow_loss(model, batch, distillation=self.distillation, generator=generator)
+        model.observe_latents(terms.latents)
+        layers = {f"alpha/{i}": a for i, a in enumerate(terms.alpha, start=1)}
+        layers |= {f"weight/{i}": w for i, w in enumerate(terms.weight, start=1)}
+        times = {f"flow/t{i}": f for i, f in enumerate(terms.flow_by_time)}
+        return {"total": terms.total, "flow": terms.flow, "distill": terms.distill, **layers, **times}
+
+
+def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
+    """Train `model` in place and save it."""
+    tiny = recipe.encoder == "tiny"
+    steps, batch = recipe.steps or (900 if tiny else 70_000), recipe.batch or (16 if tiny else 512)
+    lr = recipe.lr or (1e-3 if tiny else 2e-4)
+    if recipe.pictures is not None:
+        data: Folder | ShapesAndPhotos = Folder(recipe.pictures, model.preprocessing)
+    else:
+        data = ShapesAndPhotos(model.preprocessing, count=20_000, seed=recipe.seed)
+    distillation = None
+    if recipe.distill_weight > 0:
+        distillation = LayerwiseDistillation(
+            teacher, model.encoder, beta=model.config.beta, weighting=model.config.weighting
+        )
+    warmup = min(50 if tiny else 2000, steps // 4)
+    fit(
+        model,
+        Loss(distillation),
+        torch.optim.AdamW(parameter_groups(model, lr=lr), betas=(0.9, 0.95), weight_decay=0.0),
+        batches(data, batch, seed=recipe.seed),
+        steps=steps,
+        out=recipe.out / "run",
+        resume=recipe.resume,
+        seed=recipe.seed,
+        schedule=Schedule(kind="cosine", warmup=warmup, steps=steps, floor=0.1),
+        clip=1.0,
+        precision=recipe.precision,
+        settings={"encoder": recipe.encoder, "weighting": recipe.weighting, "distill_weight": recipe.distill_weight},
+        progress=False,
+    )
+    model.eval().save_pretrained(recipe.out / "model")
+
+
+def main(recipe: Recipe) -> dict[str, float]:
+    """Make or fetch the encoder, adapt it, measure; prints one JSON line."""
+    if recipe.encoder != "tiny" and recipe.pictures is None:
+        raise SystemExit(f"--encoder {recipe.encoder} needs --pictures FOLDER")
+    torch.manual_seed(recipe.seed)
+    config: UniFlowConfig = tiny_config() if recipe.encoder == "tiny" else getattr(UniFlowConfig, recipe.encoder)()
+    config = dataclasses.replace(config, weighting=recipe.weighting, distill_weight=recipe.distill_weight)
+    if recipe.encoder == "tiny":
+        model = UniFlow(config)
+        train_tiny_teacher(model, steps=recipe.teacher_steps, seed=recipe.seed)
+    else:
+        model = UniFlow.adapt(config)
+    teacher = copy.deepcopy(model.encoder).eval()
+    figures = {"probe_teacher": linear_probe(teacher, model.preprocessing)} if recipe.encoder == "tiny" else {}
+    adapt(recipe, model, teacher)
+    if recipe.encoder == "tiny":
+        figures |= {"probe_adapted": linear_probe(model.encoder, model.preprocessing), **report(model)}
+    print(json.dumps(figures), flush=True)
+    return figures
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Recipe))

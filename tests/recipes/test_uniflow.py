@@ -1,0 +1,56 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from headrace.tokenizers.uniflow import UniFlow
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "uniflow.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("uniflow_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_two_steps_run_and_leave_a_model_with_latent_statistics(recipe, tmp_path):
+    torch.manual_seed(0)
+    model = UniFlow(recipe.tiny_config())
+    assert recipe.train_tiny_teacher(model, steps=1, seed=0, batch=4) > 0
+    settings = recipe.Recipe(out=tmp_path, steps=2, batch=4, precision="fp32")
+    recipe.adapt(settings, model, model.encoder)
+    again = UniFlow.from_pretrained(tmp_path / "model")
+    assert again.latent_count.item() == 2 * 4 * 64
+    figures = recipe.report(again, count=2)
+    assert {"psnr_shapes_1step", "psnr_photos_4step", "seam_photos"} <= set(figures)
+
+
+def test_a_folder_of_pictures_gives_each_picture_and_its_mirror(recipe, tmp_path):
+    array = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(array).save(tmp_path / "a.png")
+    data = recipe.Folder(tmp_path, UniFlow(recipe.tiny_config()).preprocessing)
+    images = data.batch(np.array([0, 1]))
+    assert len(data) == 2
+    assert torch.equal(images[0].flip(-1), images[1])
+
+
+def test_the_probe_reads_what_is_there_and_nothing_else(recipe):
+    class Coarse(torch.nn.Module):
+        num_prefix_tokens = 0
+
+        def forward_features(self, images):
+            return torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)[:, None]
+
+    class Blind(Coarse):
+        def forward_features(self, images):
+            return torch.ones(len(images), 1, 5) + 0.01 * torch.randn(len(images), 1, 5)
+
+    preprocessing = UniFlow(recipe.tiny_config()).preprocessing
+    assert recipe.linear_probe(Coarse(), preprocessing, train=360, test=180) > 0.5
+    assert recipe.linear_probe(Blind(), preprocessing, train=360, test=180) < 0.15
