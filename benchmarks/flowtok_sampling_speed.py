@@ -1,9 +1,9 @@
 """FlowTok sampling against a diffusion transformer on a 2D latent of the same depth and width, at 256 px, side by side.
 
-FlowTok carries 77 tokens of 16 numbers and decodes them with its transformer. The peer carries a 32 x 32 x 4 latent, cut
-into 1 x 1 or 2 x 2 patches (1024 or 256 tokens), with the same blocks and conditioning, and decodes with a VQGAN decoder
-of factor 8. Same Euler steps and guidance, two network calls per step in one batch, text encoding left out on both
-sides. Weights are random: speed does not depend on them. Rounds alternate.
+FlowTok carries 77 tokens of 16 numbers and decodes them with its transformer. The peer carries a 32 x 32 x 4 latent,
+cut into 1 x 1 or 2 x 2 patches (1024 or 256 tokens), with the same blocks and conditioning, and decodes with a VQGAN
+decoder of factor 8. Same Euler steps and guidance, two network calls per step in one batch, text encoding left out on
+both sides. Weights are random: speed does not depend on them. Rounds alternate.
 
     OMP_NUM_THREADS=2 python benchmarks/flowtok_sampling_speed.py --size b --rounds 3
 """

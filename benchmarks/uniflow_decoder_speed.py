@@ -1,8 +1,9 @@
 """One-step UniFlow decoding against a VQGAN decoder of about the same number of parameters, at 256 px, side by side.
 
 UniFlow's decoder has the released sizes (width 1024, 6 global blocks, 12 flow blocks) on a 16 x 16 grid of 16 px
-patches. The VQGAN decoder is the family's usual one (five levels, factor 16) with width and blocks chosen for the nearest
-parameter count that is not above UniFlow's. Weights are random: speed does not depend on them. Rounds alternate.
+patches. The VQGAN decoder is the family's usual one (five levels, factor 16) with width and blocks chosen for the
+nearest parameter count that is not above UniFlow's. Weights are random: speed does not depend on them. Rounds
+alternate.
 
     OMP_NUM_THREADS=2 python benchmarks/uniflow_decoder_speed.py --rounds 5
 """
