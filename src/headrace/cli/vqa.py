@@ -182,3 +182,38 @@ def report(runs: list[Path], /, *, data: Path | None = None, out: Path = Path("r
 
     print(write_report(runs, out, data=data))
     return 0
+
+
+def export(
+    *,
+    task: str,
+    data: Path,
+    out: Path,
+    to: Literal["lmms-eval", "vlmevalkit"],
+    split: str = "test",
+    prompts: str = "headrace-1",
+) -> int:
+    """Write questions for another evaluation framework; answers are scored by the same scorer there.
+
+    Args:
+        task: Task path, as for `headrace vqa run`.
+        data: Folder of the data set.
+        out: Folder to write: for lmms-eval's --include_path, or VLMEvalKit's $LMUData.
+        to: Which framework.
+        split: Split of the data set.
+        prompts: Prompt set, or a JSON file: task to text.
+    """
+    from headrace.datasets.flowlearn.prompts import find_prompts
+    from headrace.vlm.vqa_data import load_task
+
+    tasks, wording = load_task(task, data, split=split), find_prompts(prompts)
+    if to == "lmms-eval":
+        from headrace.vlm.adapters.lmms_eval import write_task_folder
+
+        group = write_task_folder(tasks, data, out, prompts=wording)
+        print(f"lmms_eval --model headrace --model_args source=MODEL --include_path {out} --tasks {group}")
+    else:
+        from headrace.vlm.adapters.vlmevalkit import write_tsv
+
+        print(write_tsv(tasks, data, out, prompts=wording))
+    return 0

@@ -93,7 +93,7 @@ def set_pruning(model: Any, pruning: Any) -> None:
 
 def kept_tokens(model: Any) -> tuple[list[int], int] | None:
     """Which visual tokens of the last picture stayed (raster order), and of how many; None when nothing was pruned."""
-    report = getattr(model, "report", None)
-    if report is None or not getattr(report, "kept", None):
+    record = getattr(model, "record", None)
+    if record is None or not record.kept:
         return None
-    return list(report.kept[0]), int(report.units[0])
+    return list(record.kept[0]), int(record.units[0])
