@@ -1,0 +1,134 @@
+"""Arms through LeRobot, rehearsal on recorded frames, and the log of a run; the robot is a stand-in for a driver."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from headrace.contracts import ActionChunk, ActionSpec
+from headrace.robot.arm import ArmFault
+from headrace.robot.drive import DriveConfig, drive
+from headrace.robot.drive_log import write_log, write_rerun
+from headrace.robot.lerobot_arm import LeRobotArm
+from headrace.robot.rehearsal import RecordedArm, recorded_arm
+from headrace.robot.safety import SafetyLimits
+
+JOINTS = ("shoulder", "gripper")
+LIMITS = SafetyLimits(joints=JOINTS, low=(-90.0, 0.0), high=(90.0, 100.0), speed=(90.0,) * 2, acceleration=(900.0,) * 2)
+
+
+class Driver:
+    """A LeRobot robot as far as the arm uses it: features, dictionaries, its own clamp, errors of the bus."""
+
+    action_features = {"shoulder.pos": float, "gripper.pos": float}
+    observation_features = {**action_features, "front": (8, 8, 3)}
+
+    def __init__(self, port="/dev/null0", calibrated=True, fails=False):
+        self.config, self.is_calibrated, self.fails = SimpleNamespace(port=port), calibrated, fails
+        self.is_connected, self.position, self.sent = False, {"shoulder.pos": 5.0, "gripper.pos": 50.0}, []
+
+    def connect(self, calibrate=True):
+        assert not calibrate, "a policy run must not start a calibration"
+        if self.fails:
+            raise OSError("no such device")
+        self.is_connected = True
+
+    def disconnect(self):
+        self.is_connected = False
+
+    def get_observation(self):
+        return {**self.position, "front": np.full((8, 8, 3), 9, np.uint8)}
+
+    def send_action(self, action):
+        self.position = {key: min(value, 60.0) for key, value in action.items()}
+        self.sent.append(action)
+        return self.position
+
+
+class Still:
+    """Wants the joints at one place."""
+
+    def __init__(self, place=(20.0, 80.0)):
+        self.spec = ActionSpec(names=JOINTS, frame="joint", rotation="none", gripper="open_is_1", rate=30.0)
+        self.place, self.seen = place, []
+
+    def reset(self, slot, *, seed):
+        pass
+
+    def act(self, observations, slots):
+        self.seen.append(observations[0])
+        return ActionChunk(np.tile(np.array(self.place, np.float32), (1, 20, 1)), 0.0)
+
+
+def test_joints_and_pictures_come_from_the_driver_and_commands_go_to_it():
+    driver, policy = Driver(), Still()
+    arm = LeRobotArm(driver, rate=30.0)
+    assert arm.joints == JOINTS and arm.cameras == ("front",)
+    report = drive(arm, policy, LIMITS, DriveConfig(seconds=1.2))
+    assert report.reason == "done" and not driver.is_connected
+    assert set(driver.sent[0]) == set(Driver.action_features)
+    assert policy.seen[0].images["front"].shape == (8, 8, 3)
+    assert driver.position["shoulder.pos"] == pytest.approx(20.0, abs=2)
+    assert max(tick.sent[1] for tick in report.ticks) == 60.0  # what the driver really sent, after its own clamp
+
+
+def test_two_drivers_on_one_port_are_refused_and_the_lock_is_given_back():
+    first, second = LeRobotArm(Driver("/dev/ttyX")), LeRobotArm(Driver("/dev/ttyX"))
+    first.connect()
+    with pytest.raises(ArmFault, match="another process drives /dev/ttyX"):
+        second.connect()
+    LeRobotArm(Driver("/dev/ttyY")).connect()
+    first.close()
+    second.connect()
+    second.close()
+
+
+def test_what_goes_wrong_on_the_bus_is_a_fault_with_the_port():
+    for driver, why in ((Driver(fails=True), "no such device"), (Driver(calibrated=False), "lerobot-calibrate")):
+        arm = LeRobotArm(driver)
+        with pytest.raises(ArmFault, match=why):
+            arm.connect()
+        assert arm._lock is None
+    arm = LeRobotArm(Driver())
+    arm.robot.get_observation = lambda: 1 / 0
+    with pytest.raises(ArmFault, match="does not answer"):
+        arm.read()
+    driver = Driver()
+    driver.action_features = {"x.vel": float}
+    with pytest.raises(ValueError, match=r"x\.vel"):
+        LeRobotArm(driver)
+
+
+def recording():
+    states = np.stack([np.linspace(0, 10, 30), np.full(30, 50.0)], axis=1)
+    return RecordedArm(joints=JOINTS, states=states, actions=states + 1.0, images={}, rate=30.0)
+
+
+def test_a_rehearsal_shows_the_recording_and_moves_nothing():
+    arm, policy = recording(), Still(place=(5.0, 50.0))
+    report = drive(arm, policy, LIMITS, DriveConfig(seconds=arm.seconds + 1))
+    assert report.reason == "the recording is over" and len(report.ticks) == 30
+    np.testing.assert_array_equal([tick.measured for tick in report.ticks], arm.states)
+    sent = np.array(arm.sent[:30])
+    np.testing.assert_allclose(arm.difference(), np.abs(sent - arm.actions).mean(axis=0))
+
+
+def test_recordings_that_cannot_be_played_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"\(T, 2\)"):
+        RecordedArm(joints=JOINTS, states=np.zeros((3, 2)), actions=np.zeros((3, 4)))
+    with pytest.raises(FileNotFoundError, match="no LeRobot dataset"):
+        recorded_arm(tmp_path, 0)
+
+
+def test_the_log_says_what_happened_tick_by_tick(tmp_path):
+    arm = recording()
+    report = drive(arm, Still(), LIMITS, DriveConfig(seconds=0.5))
+    told = json.loads(write_log(report, arm.joints, tmp_path / "log").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "log" / "ticks.jsonl").read_text().splitlines()]
+    assert told["ticks"] == len(rows) == len(report.ticks) and told["joints"] == list(JOINTS)
+    assert rows[-1]["sent"] == pytest.approx(report.ticks[-1].sent, abs=1e-4)
+    with pytest.raises(FileExistsError, match="--out"):
+        write_log(report, arm.joints, tmp_path / "log")
+    pytest.importorskip("rerun")
+    assert write_rerun(report, arm.joints, tmp_path / "drive.rrd").stat().st_size > 1000
