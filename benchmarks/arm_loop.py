@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--think", type=float, default=0.3)
     parser.add_argument("--error", type=float, default=2.0)
     parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--realtime", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     count = len(JOINTS)
@@ -64,7 +65,7 @@ def main() -> None:
         acceleration=(2000.0,) * count,
     )
     policy = SlowWave(args.think, args.error, args.busy)
-    report = drive(MockArm(), policy, limits, DriveConfig(rate=args.rate, seconds=args.seconds))
+    report = drive(MockArm(), policy, limits, DriveConfig(rate=args.rate, seconds=args.seconds, realtime=args.realtime))
     late = np.array([tick.late for tick in report.ticks])
     gaps = np.diff([tick.time for tick in report.ticks])
     at_seam, within = report.seams()
@@ -87,6 +88,7 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "nice": os.nice(0),
         "busy": args.busy,
+        "realtime": args.realtime,
     }
     print(json.dumps(result, indent=1))
     if args.out:

@@ -28,6 +28,7 @@ def drive(
     solver_steps: int = 10,
     out: Path | None = None,
     rerun: bool = False,
+    realtime: bool = False,
 ) -> int:
     """Drive an arm at a fixed rate while the policy thinks in another thread; every command keeps the limits.
 
@@ -51,6 +52,7 @@ def drive(
         solver_steps: Solver steps of a policy that is loaded here.
         out: Folder for summary.json and ticks.jsonl; runs/drive-DATE by default.
         rerun: Also write drive.rrd for the rerun viewer.
+        realtime: Real-time priority for the control thread (Linux, needs the right to it).
     """
     from headrace.robot.drive import DriveConfig
     from headrace.robot.drive import drive as run
@@ -60,15 +62,16 @@ def drive(
     if rehearse:
         rate, seconds = arm.rate, arm.seconds
     bounds = make_limits(limits, arm, real=robot != "mock" and not rehearse)
-    config = DriveConfig(rate=rate, seconds=seconds, instruction=instruction, execute=execute, stall=stall)
+    config = DriveConfig(
+        rate=rate, seconds=seconds, instruction=instruction, execute=execute, stall=stall, realtime=realtime
+    )
     report = run(arm, make_policy(policy, solver_steps), bounds, config, make_geometry(urdf, end_link, arm))
     folder = out or Path("runs") / f"drive-{time.strftime('%Y%m%d-%H%M%S')}"
     path = write_log(report, arm.joints, folder)
     print(json.dumps(summary(report, arm.joints), indent=2))
     if rehearse:
-        print(
-            f"mean distance from the recorded actions: {dict(zip(arm.joints, arm.difference().round(3), strict=True))}"
-        )
+        apart = dict(zip(arm.joints, arm.difference().round(3).tolist(), strict=True))
+        print(f"mean distance from the recorded actions: {apart}")
     if rerun:
         print(f"recording: {write_rerun(report, arm.joints, folder / 'drive.rrd')}")
     print(f"log: {path}")

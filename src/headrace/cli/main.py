@@ -10,6 +10,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "rollout": ("headrace.cli.rollout:rollout", "run a policy in a simulator and write a report"),
     "collect": ("headrace.cli.collect:collect", "demonstrations from a scripted expert, as a LeRobotDataset"),
     "finetune": ("headrace.cli.finetune:finetune", "train a policy on demonstrations"),
+    "serve": ("headrace.cli.serve:serve", "answer observations over a websocket, in openpi's protocol"),
+    "drive": ("headrace.cli.drive:drive", "run a policy on an arm, on a mock arm, or on a recording"),
     "tasks": ("headrace.cli.tasks:tasks", "list what can be rolled out here"),
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
     "flowlearn score": ("headrace.cli.flowlearn:score", "score predictions in the layout that FlowLearn released"),

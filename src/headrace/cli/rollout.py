@@ -34,7 +34,8 @@ def rollout(
     A run that was cut off goes on where it stopped when the same command is given again.
 
     Args:
-        policy: Checkpoint folder, Hub id, `random`, or `oracle` where a task has a scripted expert.
+        policy: Checkpoint folder, Hub id, ws://host:port of a policy server, `random`, or `oracle` where a task has a
+            scripted expert.
         task: Task or group name, or several with commas; `headrace tasks` lists them.
         episodes: Episodes per task; episode i starts from seed SEED + i.
         seed: First seed.
@@ -81,6 +82,11 @@ def rollout(
             f"({100 * row['success_rate']:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f})"
             + (f", {row['errors']} errored" if row["errors"] else "")
         )
+    if all(task.name.startswith("simpler/") for task in tasks):
+        from headrace.sim.simpler_table import table
+
+        (folder / "simpler.md").write_text(table(folder))
+        print(f"table:   {folder / 'simpler.md'}")
     print(f"results: {folder / 'results.json'}")
     if report:
         from headrace.sim.report import write_report
@@ -124,6 +130,12 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
         spec = environment.spec
         environment.close()
         return RandomPolicy(spec)
+    if name.startswith(("ws://", "wss://")):
+        import os
+
+        from headrace.robot.client import RemotePolicy
+
+        return RemotePolicy(name, token=os.environ.get("HEADRACE_TOKEN", ""))
     from headrace.flow.solver import SolverSettings
     from headrace.robot.chunking import RecedingHorizon, TemporalEnsemble
     from headrace.robot.policy import load_policy

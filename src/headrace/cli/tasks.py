@@ -7,6 +7,7 @@ def tasks(*, all: bool = False) -> int:
     Args:
         all: Also list every environment that ManiSkill registers.
     """
+    from headrace.sim.simpler import GOOGLE_ROBOT
     from headrace.sim.tasks import GROUPS, find_task, known_tasks, maniskill_registry
 
     names = list(known_tasks())
@@ -18,5 +19,7 @@ def tasks(*, all: bool = False) -> int:
         missing = task.missing()
         marks = f"{task.max_steps:>4} steps, {task.success_rule:<6}  {'expert' if task.expert else '      '}"
         print(f"{name:<{width}}  {marks}  {'needs: ' + missing if missing else task.instruction}")
+    for name, lacks in GOOGLE_ROBOT.items():
+        print(f"{name:<{width}}  {lacks}")
     print("\ngroups: " + "; ".join(f"{name} = {', '.join(members)}" for name, members in GROUPS.items()))
     return 0

@@ -40,7 +40,7 @@ class RecordedArm:
         if any(len(frames) != shape[0] for frames in self.images.values()):
             raise ValueError(f"every camera needs {shape[0]} pictures")
         self.spec = ActionSpec(names=self.joints, frame="joint", rotation="none", gripper=self.gripper, rate=self.rate)
-        self._frame = -1
+        self._frame = 0
 
     @property
     def seconds(self) -> float:
@@ -49,18 +49,18 @@ class RecordedArm:
 
     def connect(self) -> None:
         """Start from the first frame."""
-        self._frame, self.sent = -1, []
+        self._frame, self.sent = 0, []
 
     def read(self) -> ArmState:
-        """The next frame; raises `ArmFault` after the last."""
-        self._frame += 1
+        """The present frame; raises `ArmFault` after the last."""
         if self._frame >= len(self.states):
             raise ArmFault("the recording is over")
         images = {name: frames[self._frame] for name, frames in self.images.items()}
         return ArmState(self.states[self._frame].astype(float), images, time.perf_counter())
 
     def send(self, target: np.ndarray) -> np.ndarray:
-        """Keep the command; nothing moves."""
+        """Keep the command and go on to the next frame; nothing moves."""
+        self._frame += 1
         self.sent.append(np.array(target, dtype=float))
         return self.sent[-1]
 

@@ -127,13 +127,14 @@ class EpisodeRunner:
         self._expert.reset()
         generator = np.random.default_rng([noise_seed, seed])
         push, left = np.zeros(3), 0
+        largest = float(getattr(self.environment, "largest_move", 1.0))  # in action units; metres are not normalised
         while not self.episode.flags or not done():
             action = self._expert.act()
             if left == 0 and generator.random() < perturbation.probability:
-                push, left = generator.normal(0, perturbation.scale, 3), perturbation.duration
+                push, left = largest * generator.normal(0, perturbation.scale, 3), perturbation.duration
             sent = action.copy()
             if left:
-                sent[:3] = np.clip(sent[:3] + push, -1, 1)
+                sent[:3] = np.clip(sent[:3] + push, -largest, largest)
                 left -= 1
             if self._step(sent, action) is None:
                 return

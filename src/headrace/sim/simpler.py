@@ -193,13 +193,29 @@ TASKS: dict[str, SimplerTask] = {
 }
 
 
+# What stands between SIMPLER's other half and this simulator; `headrace tasks` prints it.
+GOOGLE_ROBOT: dict[str, str] = {
+    name: "not in ManiSkill 3: needs the robot's planner controller, its scenes ported, and " + lacks
+    for name, lacks in {
+        "simpler/pick-coke-can": "the table stage google_pick_coke_can_1_v4.glb",
+        "simpler/move-near": "three object visuals (red bull, blue bottle, eggplant) and the same table stage",
+        "simpler/open-drawer": "the cabinet articulation's ray-traced protocol",
+        "simpler/close-drawer": "the cabinet articulation's ray-traced protocol",
+        "simpler/place-apple-in-drawer": "the cabinet articulation's ray-traced protocol",
+    }.items()
+}
+
+
 def simpler_task(name: str) -> SimplerTask:
-    """The task of that name; `simpler/` may be left out and SimplerEnv's own names are understood.
+    """The task of that name; `simpler/` may be left out, and SimplerEnv's own names are understood.
+
+    A suffix `@stock`, which names ManiSkill's port as it is, is the same task.
 
     Raises:
         ValueError: No such task; names a near match.
     """
     names = {alias: task for task in TASKS.values() for alias in (task.name, task.name.split("/")[1], task.official)}
+    name = name.removesuffix("@stock")
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

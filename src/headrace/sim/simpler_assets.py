@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from headrace.sim.simpler import SimplerTask
+from headrace.sim.simpler import SimplerTask, simpler_task
 
 DOWNLOAD = (
     "python -m mani_skill.utils.download_asset bridge_v2_real2sim -y && "
@@ -69,6 +69,11 @@ def missing_files(task: SimplerTask, folder: Path | None = None) -> list[Path]:
     folder = folder or asset_folder()
     files = needed_files(task, folder) + _robot_meshes(folder)
     return [path for path in files if not path.is_file() or path.stat().st_size == 0]
+
+
+def download_command(name: str) -> str:
+    """What fetches the scenes of the task of that name; an empty text when they are here."""
+    return DOWNLOAD if missing_files(simpler_task(name)) else ""
 
 
 def require_assets(task: SimplerTask, folder: Path | None = None) -> None:

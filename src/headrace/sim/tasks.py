@@ -4,9 +4,12 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
+from headrace.sim.simpler import TASKS as SIMPLER_TASKS
+from headrace.sim.simpler_assets import download_command
 from headrace.sim.success import SuccessRule, check_rule
 
 
@@ -53,16 +56,32 @@ TABLE_TOP: tuple[Task, ...] = (
     Task(name="PullCube-v1", instruction="pull the cube to the target", expert=f"{EXPERTS}:PullCube"),
     Task(name="PlaceSphere-v1", instruction="place the sphere in the bin", expert=f"{EXPERTS}:PlaceSphere"),
 )
+SIMPLER: tuple[Task, ...] = tuple(
+    Task(
+        name=name + ("@stock" if port == "stock" else ""),
+        instruction=about.instruction,
+        max_steps=about.steps,
+        success_rule="at_end",
+        environment="headrace.sim.simpler_environment:SimplerEnvironment",
+        expert="headrace.sim.simpler_environment:SimplerExpert",
+        settings=(("port", port),),
+        missing=partial(download_command, name),
+    )
+    for port in ("restored", "stock")
+    for name, about in SIMPLER_TASKS.items()
+)
 # Groups stand for several tasks in one command, such as `--task tabletop`.
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("PushCube-v1", "PickCube-v1", "StackCube-v1"),
     "tabletop": tuple(task.name for task in TABLE_TOP),
+    "simpler": tuple(SIMPLER_TASKS),
+    "simpler@stock": tuple(f"{name}@stock" for name in SIMPLER_TASKS),
 }
 
 
 def known_tasks() -> dict[str, Task]:
     """Every task of headrace's own table, by name."""
-    return {task.name: task for task in TABLE_TOP}
+    return {task.name: task for task in (*TABLE_TOP, *SIMPLER)}
 
 
 def maniskill_registry() -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""The SIMPLER tasks in the form that the rollout runner and the collector use."""
+
+import numpy as np
+
+from headrace.contracts import Observation
+from headrace.sim.environment import Step, check_action
+from headrace.sim.simpler import CAMERA, OFFICIAL_EPISODES, STATE_NAMES, Port
+from headrace.sim.simpler_oracle import SimplerOracle
+from headrace.sim.simpler_scene import SimplerScene
+from headrace.sim.tasks import Task
+
+
+class SimplerEnvironment:
+    """A SIMPLER task whose seeds 0..23 are the official episodes and whose other seeds are random layouts off the grid.
+
+    So the default evaluation is the benchmark, and demonstrations, whose seeds start at a million, never meet it.
+
+    Args:
+        task: The task, named `simpler/...`, with a suffix `@stock` for ManiSkill's port as it is.
+        port: See `SimplerScene`.
+        render: Draw pictures.
+        width: Width of the picture [px].
+    """
+
+    cameras: tuple[str, ...] = (CAMERA,)
+    state_names = STATE_NAMES
+    largest_move = 0.03  # [m] per step; pushes that are added to demonstrations are scaled by it
+
+    def __init__(self, task: Task, *, port: Port = "restored", render: bool = True, width: int = 640) -> None:
+        _quiet()
+        self.scene = SimplerScene(task.name.removesuffix("@stock"), port=port, render=render, width=width)
+        self.spec = self.scene.spec
+        self.cameras = (CAMERA,) if render else ()
+
+    def reset(self, seed: int) -> Observation:
+        """Start the episode that `seed` names.
+
+        Raises:
+            ValueError: The stock port was given a seed beyond the official episodes.
+        """
+        task = self.scene.task
+        official = 0 <= seed < OFFICIAL_EPISODES
+        return self.scene.start(task.official_layout(seed) if official else task.random_layout(seed))
+
+    def step(self, action: np.ndarray) -> Step:
+        """Apply one action; the readings hold each rule of SIMPLER by name, and the episode's outcome so far."""
+        step = self.scene.step(check_action(action, self.spec))
+        outcome = step.info["outcome"]
+        readings = {name: float(value) for name, value in step.info.items() if name != "outcome"}
+        readings |= {
+            "grasped_ever": float(outcome.grasped),
+            "consecutive_grasp_ever": float(outcome.consecutive_grasp),
+            "success_ever": float(outcome.ever),
+        }
+        return Step(step.observation, step.success, readings)
+
+    def close(self) -> None:
+        """Free the simulation."""
+        self.scene.close()
+
+
+class SimplerExpert:
+    """The scripted oracle, re-made at every episode."""
+
+    def __init__(self, environment: SimplerEnvironment) -> None:
+        self.scene = environment.scene
+        self.reset()
+
+    def reset(self) -> None:
+        """Plan for the episode that was just reset."""
+        self.oracle = SimplerOracle(self.scene)
+
+    def act(self) -> np.ndarray:
+        """The next action, float32 (7,)."""
+        return self.oracle.act()
+
+
+def _quiet() -> None:
+    """One thread for ManiSkill's tiny tensors, and its warnings off."""
+    import logging
+
+    import torch
+    from mani_skill import logger
+
+    torch.set_num_threads(1)
+    logger.setLevel(logging.ERROR)

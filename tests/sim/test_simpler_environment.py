@@ -1,0 +1,62 @@
+"""SIMPLER in the runner's form: seeds, table entries, and the benchmark's table from a run's rows."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).parents[3] / "shared" / "simpler_assets"
+if SHARED.is_dir():
+    os.environ.setdefault("MS_ASSET_DIR", str(SHARED))
+
+from headrace.sim.episode import EpisodeRunner  # noqa: E402
+from headrace.sim.simpler import TASKS, simpler_task  # noqa: E402
+from headrace.sim.simpler_assets import missing_files  # noqa: E402
+from headrace.sim.simpler_table import table  # noqa: E402
+from headrace.sim.tasks import Task, find_task, find_tasks  # noqa: E402
+
+here = pytest.mark.skipif(bool(missing_files(simpler_task("stack-cube"))), reason="SIMPLER's scenes are not here")
+
+
+def test_the_group_is_the_four_tasks_under_the_official_rule():
+    tasks = find_tasks("simpler")
+    assert [task.name for task in tasks] == list(TASKS)
+    assert {task.success_rule for task in tasks} == {"at_end"}
+    assert [task.max_steps for task in tasks] == [60, 60, 60, 120]
+    assert dict(find_task("simpler/stack-cube@stock").settings) == {"port": "stock"}
+    assert all(task.expert for task in tasks)
+
+
+@pytest.mark.sim
+@here
+def test_seeds_below_24_are_the_official_episodes_and_others_never():
+    task = find_task("simpler/stack-cube")
+    bare = Task(**{**vars(task), "settings": (("render", False),)})
+    runner = EpisodeRunner(bare, keep_frames=False)
+    scene = runner.environment.scene
+    for seed in (0, 23):
+        runner.start(seed)
+        assert scene.layout == scene.task.official_layout(seed)
+    for seed in (24, 1_000_000):
+        runner.start(seed)
+        assert scene.layout.episode == -1 and not scene.task.near_official(scene.layout)
+    episode = runner.expert(3)
+    assert episode.success.at_end and episode.success.once and len(episode.flags) == 60
+    assert episode.readings["grasped_ever"] == episode.readings["consecutive_grasp_ever"] == 1.0
+    assert np.abs([action[:3] for action in episode.actions]).max() < 0.05
+    runner.close()
+
+
+def test_the_table_has_every_reading_and_the_published_rows(tmp_path):
+    rows = []
+    for task, good in zip(TASKS, (24, 12, 0, 6), strict=True):
+        for seed in range(24):
+            readings = {"grasped_ever": 1.0, "consecutive_grasp_ever": float(seed < 18)}
+            rows.append({"task": task, "success_at_end": seed < good, "success_once": seed < 20, "readings": readings})
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = table(tmp_path)
+    assert "| simpler/spoon-on-towel | 24 | 100.0 % (86.2 to 100.0) | 83.3 % | 100.0 % | 75.0 % |" in text
+    assert "| mean | 96 | 43.8 %" in text
+    assert "ViPRA-AR" in text and "arXiv 2511.07732" in text
