@@ -18,14 +18,17 @@ import tyro
 from torch import Tensor, nn
 
 from headrace.datasets.captioned_shapes import CAPTIONS, Captioned, CaptionedShapes
+from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
 from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.flowtok_config import TINY_WORDS, FlowTokConfig
+from headrace.tokenizers.flowtok_critic import ImageTokenizerTraining
 from headrace.tokenizers.flowtok_loss import (
     image_to_text_loss,
     image_tokenizer_loss,
     text_to_image_loss,
     text_tokenizer_loss,
 )
+from headrace.tokenizers.tokenflow_critic import PatchCritic
 from headrace.training.batches import batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
@@ -87,6 +90,10 @@ class Recipe:
         pictures: Rendered training pictures.
         steps: Override of each stage's steps.
         batch: Override of each stage's batch.
+        perceptual: Perceptual network of the image tokenizer, with which comes the critic: `lpips` needs `vgg`,
+            `efficientnet` is the offline one, `none` trains on squared error and KL alone; `auto` is `none` for tiny
+            and `efficientnet` else.
+        vgg: File of torchvision's VGG-16 weights.
         precision: bf16 runs under autocast.
         seed: Of weights, data and noise.
         resume: Go on from the newest checkpoint of each stage.
@@ -99,6 +106,8 @@ class Recipe:
     pictures: int = 20_000
     steps: int | None = None
     batch: int | None = None
+    perceptual: Literal["auto", "none", "efficientnet", "lpips"] = "auto"
+    vgg: Path | None = None
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
     resume: bool = False
@@ -122,8 +131,12 @@ class StageLoss:
     def __init__(self, stage: Stage, ids: Tensor) -> None:
         self.stage, self.ids = stage, ids
 
-    def __call__(self, model: FlowTok, batch: Captioned, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(
+        self, model: FlowTok | ImageTokenizerTraining, batch: Captioned, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         ids = self.ids.to(batch.label.device)[batch.label]
+        if isinstance(model, ImageTokenizerTraining):
+            return model(batch.images, model.model.captions(ids), generator)
         if self.stage == "image-tokenizer":
             image = image_tokenizer_loss(model, batch.images, model.captions(ids), generator=generator)
             return {"total": image.total, "squared": image.squared, "kl": image.kl}
@@ -148,6 +161,19 @@ def trained_parts(stage: Stage, model: FlowTok) -> list[nn.Module]:
     return [captioner.projector, captioner.decoder] if stage == "text-tokenizer" else [captioner.velocity]
 
 
+def with_critic(recipe: Recipe, model: FlowTok) -> ImageTokenizerTraining | None:
+    """The image tokenizer beside its perceptual network and critic, or None where the recipe wants neither."""
+    kind = recipe.perceptual
+    if kind == "auto":
+        kind = "none" if recipe.size == "tiny" else "efficientnet"
+    if kind == "none":
+        return None
+    if kind == "lpips" and recipe.vgg is None:
+        raise SystemExit("--perceptual lpips needs --vgg FILE")
+    perceptual = LpipsVGG.from_files(recipe.vgg) if recipe.vgg is not None else EfficientNetLite0.from_package()
+    return ImageTokenizerTraining(model, perceptual=perceptual, critic=PatchCritic())
+
+
 def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     """One stage in place, ending with the averaged weights; returns the mean total of the last tenth."""
     settings = (TINY if recipe.size == "tiny" else PUBLISHED)[stage]
@@ -157,8 +183,11 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     size = model.config.image.image_size
     pictures = CaptionedShapes(size=size, count=recipe.pictures, seed=recipe.seed)
     warmup = min(settings.warmup, steps // 4)
+    training = with_critic(recipe, model) if stage == "image-tokenizer" else None
+    if training is not None:
+        parameters += list(training.critic.parameters())
     fitted = fit(
-        model,
+        model if training is None else training,
         StageLoss(stage, model.captions.ids(CAPTIONS)),
         torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.decay),
         batches(pictures, recipe.batch or settings.batch, seed=recipe.seed),
@@ -176,7 +205,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
         progress=False,
     )
     assert fitted.ema is not None
-    with fitted.ema.applied_to(model):
+    with fitted.ema.applied_to(model if training is None else training):
         averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.load_state_dict(averaged)
     if stage == "image-tokenizer":

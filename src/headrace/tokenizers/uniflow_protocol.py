@@ -1,60 +1,7 @@
-"""How a UniFlow reconstruction is compared with its picture: protocols A and B, and the seam ratio.
-
-The published tables disagree because some reconstruct at the encoder's size and compare at 256 px; we name both.
-"""
-
-from typing import Literal
+"""Figures of a reconstruction that no tokenizer is needed for: PSNR as tables print it, and the seam ratio."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from headrace.tokenizers.uniflow import UniFlow
-
-Protocol = Literal["native", "256"]
-COMPARED_AT = 256
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-
-
-@torch.no_grad()
-def reconstruct(
-    model: UniFlow, pictures: Tensor, *, protocol: Protocol = "native", steps: int = 1, seed: int = 0, size: int = 256
-) -> tuple[Tensor, Tensor]:
-    """Reference and reconstruction, both (B, 3, S, S) in [0, 1], ready for PSNR, SSIM, LPIPS and rFID.
-
-    `native` (A): S is the encoder's size. `256` (B): S is `size`; pictures go up to the encoder's size (bicubic,
-    antialiased), through the model, and down again. State protocol, steps, seed and dtype with every figure.
-
-    Args:
-        model: The tokenizer.
-        pictures: Square crops in [0, 1], (B, 3, S, S), at the encoder's size for A and at `size` for B.
-        protocol: `native` or `256`.
-        steps: Euler steps.
-        seed: Seed of the decoder's noise.
-        size: Side at which B compares [px].
-
-    Raises:
-        ValueError: Unknown protocol, or pictures of another size or outside [0, 1].
-    """
-    native = model.config.encoder.image_size
-    if protocol not in ("native", "256"):
-        raise ValueError(f"protocol must be 'native' or '256', got {protocol!r}")
-    wanted = native if protocol == "native" else size
-    if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, wanted, wanted):
-        raise ValueError(f"protocol {protocol} takes (B, 3, {wanted}, {wanted}), got {tuple(pictures.shape)}")
-    low, high = pictures.aminmax()
-    if low < 0 or high > 1:
-        raise ValueError(f"pictures must lie in [0, 1], got [{low:.3g}, {high:.3g}]")
-    encoder = model.config.encoder
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(pictures) for v in (encoder.mean, encoder.std))
-    latents = model.encode((_resize(pictures, native) - mean) / std)
-    out = model.preprocessing.to_unit(model.decode(latents, grid=encoder.grid, steps=steps, seed=seed))
-    return pictures, _resize(out, wanted)
 
 
 def psnr(reference: Tensor, other: Tensor) -> Tensor:
@@ -69,6 +16,8 @@ def psnr(reference: Tensor, other: Tensor) -> Tensor:
 
 def seam_ratio(images: Tensor, patch: int) -> Tensor:
     """Gradient across patch borders over gradient inside patches; about 1 without a visible grid. (B,).
+
+    Patches that are decoded independently show as a grid; UniFlow's global blocks are there to prevent it.
 
     Args:
         images: (B, C, H, W).
