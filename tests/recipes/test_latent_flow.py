@@ -1,0 +1,76 @@
+"""The latent-flow recipe end to end at the smallest size: every task, two updates each."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "latent_flow.py"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    pytest.importorskip("diffusers")
+    spec = importlib.util.spec_from_file_location("latent_flow_recipe", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two labels, eight pictures each, one with a drawn map."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw = torch.Generator().manual_seed(0)
+    for label in ("dark", "light"):
+        (root / label).mkdir()
+        for i in range(8):
+            low = 0 if label == "dark" else 160
+            pixels = torch.randint(low, low + 90, (16, 16, 3), generator=draw, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(root / label / f"{i}.png")
+    Image.new("L", (16, 16), 3).save(root / "dark" / "0.map.png")
+    return root
+
+
+def settings(recipe, out, folder, **changes):
+    return recipe.Recipe(out=out, data=folder, image_size=16, pictures=16, autoencoder_steps=2, steps=2, batch_size=8,
+                         sampling_steps=2, **changes)  # fmt: skip
+
+
+def test_folders_are_labels_and_drawn_maps_are_used(recipe, folder, tmp_path):
+    pictures = recipe.folder_pictures(settings(recipe, tmp_path, folder), folder)
+    assert pictures.labels.tolist() == [0] * 8 + [1] * 8
+    assert (pictures.maps[0] == 3).all() and pictures.images.shape == (16, 3, 16, 16)
+    assert pictures.images[:8].mean() < pictures.images[8:].mean()
+
+
+@pytest.mark.parametrize("task", ["free", "label", "inpaint", "semantic"])
+def test_every_task_trains_and_samples(task, recipe, folder, tmp_path):
+    figures = recipe.main(settings(recipe, tmp_path / "run", folder, task=task, blockwise=task == "label"))
+    written = json.loads((tmp_path / "run" / "figures.json").read_text())
+    assert written == figures and all(v >= 0 for v in figures.values())
+    assert Image.open(tmp_path / "run" / "samples.png").size[1] == 16
+    again = recipe.BlockwiseVelocity.from_pretrained(tmp_path / "run" / "model")
+    assert again.config.segments == (6 if task == "label" else 1)
+
+
+def test_holes_are_where_the_mask_says(recipe, folder, tmp_path):
+    """A picture that differs only inside its hole gives the same inpainting condition."""
+    chosen = settings(recipe, tmp_path, folder, task="inpaint")
+    pictures = recipe.folder_pictures(chosen, folder)
+    autoencoder = recipe.Autoencoder(recipe.small_autoencoder(chosen, pictures.images), 16)
+    latents = recipe.Latents(chosen, pictures, autoencoder)
+    mask = latents.condition[..., -1].unflatten(1, autoencoder.grid)
+    assert 0.2 < mask.mean() < 0.3
+    changed = pictures.images.clone()
+    for i, (top, left) in enumerate(torch.randint(0, 9, (16, 2), generator=torch.Generator().manual_seed(0)).tolist()):
+        changed[i, :, top : top + 8, left : left + 8] = 0.7
+    other = recipe.Latents(chosen, pictures._replace(images=changed), autoencoder)
+    raw, again = (item.scaler.unscale(item.condition[..., :-1]) for item in (latents, other))
+    torch.testing.assert_close(raw, again, atol=1e-4, rtol=1e-4)
