@@ -19,8 +19,6 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from headrace.robot.finetune import read_demonstrations
-from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
 from torch import Tensor
 
 from headrace.flow.bellman import bellman_grids
@@ -28,6 +26,8 @@ from headrace.flow.solver import SolverSettings, Velocity
 from headrace.flow.step_grid import StepGrid
 from headrace.flow.straighten import straightening_loss, teacher_states
 from headrace.flow.straightness import root_mean_square
+from headrace.robot.finetune import read_demonstrations
+from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
 from headrace.training.batches import batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule

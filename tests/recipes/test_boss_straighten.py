@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy
 
 from headrace.contracts import ActionSpec
 from headrace.flow.solver import SolverSettings, uniform_grid
 from headrace.flow.step_grid import GridMismatch, StepGrid
+from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy
 
 SPEC = ActionSpec(names=("x", "y", "gripper"), frame="base_delta", rotation="none", gripper="open_is_1", rate=20.0)
 RECIPE = Path(__file__).parents[2] / "recipes" / "boss_straighten.py"
