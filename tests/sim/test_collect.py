@@ -1,0 +1,75 @@
+"""From an expert to a dataset that LeRobot itself loads, to a rollout of the policy trained on it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from headrace.sim.collect import CollectSettings, collect
+from headrace.sim.tasks import find_task
+
+pytestmark = [pytest.mark.sim, pytest.mark.render]
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demos") / "push"
+    task = find_task("PushCube-v1")
+    small = replace(task, settings=(*task.settings, ("image_size", 64)))
+    done = collect(small, CollectSettings(episodes=2, num_envs=1), folder)
+    assert done.kept == 2
+    return folder
+
+
+def test_lerobot_loads_what_we_write(demonstrations):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("local/PushCube-v1", root=demonstrations)
+    assert dataset.num_episodes == 2 and dataset.fps == 20
+    sample = dataset[0]
+    assert sample["observation.images.base_camera"].shape == (3, 64, 64)
+    assert sample["action"].shape == (7,) and sample["task"] == "push the cube to the target"
+    assert sample["observation.state"].shape == (15,)
+    origin = json.loads((demonstrations / "meta" / "headrace.json").read_text())
+    assert origin["spec"]["controller"] == "pd_ee_delta_pose" and origin["frames"] == len(dataset)
+
+
+def test_our_reader_gives_the_same_numbers(demonstrations, tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from headrace.datasets.lerobot_demos import LeRobotDemos
+
+    theirs = LeRobotDataset("local/PushCube-v1", root=demonstrations)
+    ours = LeRobotDemos(demonstrations, horizon=1, cache=tmp_path)
+    batch = ours.batch(np.array([0, 5]))
+    torch.testing.assert_close(batch.actions[1, 0], theirs[5]["action"])
+    torch.testing.assert_close(batch.state[0], theirs[0]["observation.state"])
+    picture = batch.images[1, 0, 0].permute(2, 0, 1).float() / 255
+    assert (picture - theirs[5]["observation.images.base_camera"]).abs().mean() < 0.02
+
+
+def test_an_existing_folder_is_refused(demonstrations):
+    with pytest.raises(FileExistsError, match="exists already"):
+        collect(find_task("PushCube-v1"), CollectSettings(episodes=1), demonstrations)
+
+
+def test_train_then_roll_out(demonstrations, tmp_path):
+    """Two updates only: what is tested is that the parts fit, not that it learned."""
+    from headrace.cli.main import main
+
+    out = tmp_path / "policy"
+    assert main(["finetune", "--dataset", str(demonstrations), "--out", str(out), "--size", "tiny", "--steps", "2",
+                 "--batch-size", "2", "--precision", "fp32"]) == 0  # fmt: skip
+    from headrace.robot.policy import load_policy
+    from headrace.sim.rollout import RolloutSettings, roll_out
+
+    task = find_task("PushCube-v1")
+    small = replace(task, max_steps=6, settings=(*task.settings, ("image_size", 64)))
+    policy = load_policy(str(out / "model"))
+    results = roll_out([small], policy, RolloutSettings(episodes=1, videos=1), tmp_path / "run", policy_name="tiny")
+    assert results["errors"] == 0 and results["env_steps"] == 6 and results["policy_ms_per_chunk"] > 0
+    again = main(["finetune", "--dataset", str(demonstrations), "--out", str(tmp_path / "more"), "--init",
+                  str(out / "model"), "--steps", "2", "--batch-size", "2", "--precision", "fp32"])  # fmt: skip
+    assert again == 0

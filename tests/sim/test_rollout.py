@@ -1,0 +1,182 @@
+"""The runner against a small simulator of our own, so that hangs and crashes can be had on purpose."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from headrace.contracts import ActionChunk, ActionSpec, SpecMismatch
+from headrace.sim.rollout import RolloutSettings, claim, read_episodes, roll_out
+from headrace.sim.tasks import Task
+
+TOY = '''
+import os, time
+import numpy as np
+from headrace.contracts import ActionSpec, Observation
+from headrace.sim.environment import Step, check_action
+
+SPEC = ActionSpec(names=("x",), frame="joint", rotation="none", gripper="none", rate=10.0, low=(-1.0,), high=(1.0,))
+
+class Toy:
+    """Reach 1 by adding actions up. Some seeds misbehave."""
+    def __init__(self, task, **settings):
+        self.spec, self.cameras, self.state_names = SPEC, ("eye",), ("x",)
+    def observe(self):
+        picture = np.full((16, 16, 3), int(np.clip(self.x, 0, 1) * 255), np.uint8)
+        return Observation(images={"eye": picture}, state=np.array([self.x], np.float32), instruction="reach one")
+    def reset(self, seed):
+        self.seed, self.x = seed, 0.0
+        if seed % 100 == 96: os._exit(7)
+        if seed % 100 == 76: time.sleep(100)
+        if seed % 100 == 56: raise RuntimeError("the toy broke")
+        return self.observe()
+    def step(self, action):
+        self.x += float(check_action(action, self.spec)[0]) * 0.5
+        return Step(self.observe(), self.x >= 1, {"x": self.x})
+    def close(self): pass
+
+class Expert:
+    def __init__(self, environment): pass
+    def reset(self): pass
+    def act(self): return np.array([0.6], np.float32)
+'''
+SPEC = ActionSpec(names=("x",), frame="joint", rotation="none", gripper="none", rate=10.0, low=(-1.0,), high=(1.0,))
+
+
+class Pusher:
+    """Always the same action, three at a time; counts how many observations came in one call."""
+
+    def __init__(self, value: float = 0.4, spec: ActionSpec = SPEC) -> None:
+        self.spec, self.value, self.batches = spec, value, []
+
+    def reset(self, slot: int, *, seed: int) -> None:
+        pass
+
+    def act(self, observations, slots) -> ActionChunk:
+        self.batches.append(len(observations))
+        return ActionChunk(np.full((len(observations), 3, 1), self.value, np.float32), 2.0)
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    (tmp_path / "toy_simulator.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return Task(
+        name="Toy",
+        instruction="reach one",
+        max_steps=8,
+        environment="toy_simulator:Toy",
+        expert="toy_simulator:Expert",
+    )
+
+
+def run(task, policy, folder, **settings):
+    chosen = {"episodes": 3, "videos": 0, "timeout": 30.0, **settings}
+    return roll_out([task], policy, RolloutSettings(**chosen), folder, policy_name="toy")
+
+
+def test_results_hold_what_the_interface_promises(task, tmp_path):
+    results = run(task, Pusher(), tmp_path / "out", videos=1)
+    promised = (
+        "task episodes successes success_rate ci95 seconds env_steps env_steps_per_second policy_ms_per_chunk seeds"
+    )
+    assert set(promised.split()) | {"versions"} <= set(results)
+    assert (results["successes"], results["episodes"], results["seeds"]) == (3, 3, [0, 1, 2])
+    assert results["policy_ms_per_chunk"] == 2.0 and results["env_steps"] == 15  # 0.2 a step, success at the fifth
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+    rows = read_episodes(tmp_path / "out" / "episodes.jsonl")
+    assert rows[0]["first_success_step"] == rows[0]["steps"] == 5 and len(rows[0]["states"]) == 6
+    assert (tmp_path / "out" / rows[0]["video"]).stat().st_size > 0 and rows[1]["video"] is None
+
+
+def test_rules_read_the_same_episode_differently(task, tmp_path):
+    # 0.45 a step for three steps overshoots 1 and stays there; -1 afterwards would fall below.
+    once = run(task, Pusher(0.9), tmp_path / "a", success_rule="once")
+    end = run(task, Pusher(0.9), tmp_path / "b", success_rule="at_end")
+    assert once["tasks"][0]["env_steps"] == 9 and end["tasks"][0]["env_steps"] == 24
+    assert once["successes"] == end["successes"] == 3
+
+
+def test_the_expert_runs_without_a_policy(task, tmp_path):
+    assert run(task, None, tmp_path / "out")["successes"] == 3
+
+
+@pytest.mark.parametrize(
+    ("seed", "reason"),
+    [(56, "the toy broke"), (76, "hangs"), (96, "simulator process died")],
+    ids=["error", "hang", "crash"],
+)
+def test_one_bad_episode_never_ends_the_run(task, tmp_path, seed, reason):
+    results = run(task, Pusher(), tmp_path / "out", seed=seed - 1, episodes=3, timeout=10.0)
+    rows = {row["seed"]: row for row in read_episodes(tmp_path / "out" / "episodes.jsonl")}
+    assert reason in rows[seed]["error"] and not rows[seed]["success"]
+    assert rows[seed - 1]["success"] and rows[seed + 1]["success"]
+    assert (results["errors"], results["episodes"], results["successes"]) == (1, 3, 2)
+
+
+@pytest.mark.parametrize(("value", "reason"), [(np.nan, "not a finite number"), (3.0, "outside its bounds")])
+def test_bad_actions_mark_the_episode_and_go_on(task, tmp_path, value, reason):
+    results = run(task, Pusher(value), tmp_path / "out")
+    rows = read_episodes(tmp_path / "out" / "episodes.jsonl")
+    assert results["errors"] == 3 and all(reason in row["error"] and "x" in row["error"] for row in rows)
+
+
+def test_a_policy_for_another_controller_is_refused_by_field(task, tmp_path):
+    other = replace(SPEC, rate=5.0, names=("y",))
+    with pytest.raises(SpecMismatch, match=r"names: policy \('y',\).*rate: policy 5.0, environment 10.0"):
+        run(task, Pusher(spec=other), tmp_path / "out")
+
+
+def test_several_processes_share_policy_calls_and_agree_with_one(task, tmp_path):
+    policy = Pusher()
+    many = run(task, policy, tmp_path / "many", episodes=6, num_envs=3)
+    one = run(task, Pusher(), tmp_path / "one", episodes=6)
+    assert many["env_steps"] == one["env_steps"] and many["seeds"] == one["seeds"]
+    actions = [
+        {row["seed"]: row["actions"] for row in read_episodes(tmp_path / name / "episodes.jsonl")}
+        for name in ("many", "one")
+    ]
+    assert actions[0] == actions[1]
+
+
+def test_a_cut_off_run_goes_on_where_it_stopped(task, tmp_path):
+    out = tmp_path / "out"
+    run(task, Pusher(), out, episodes=2)
+    path = out / "episodes.jsonl"
+    path.write_bytes(path.read_bytes()[:-25])  # killed while writing the second line
+    policy = Pusher()
+    results = run(task, policy, out, episodes=3)
+    assert results["episodes"] == 3 and results["seeds"] == [0, 1, 2]
+    assert sum(policy.batches) == 4  # two episodes of two chunks each were missing
+
+
+def test_a_folder_of_another_run_is_refused(task, tmp_path):
+    run(task, Pusher(), tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"policy: 'toy' before, 'other' now"):
+        roll_out([task], Pusher(), RolloutSettings(episodes=1), tmp_path / "out", policy_name="other")
+
+
+def test_two_runs_into_one_folder_are_refused(task, tmp_path):
+    with claim(tmp_path / "out"), pytest.raises(FileExistsError, match="another run is writing"):
+        run(task, Pusher(), tmp_path / "out")
+
+
+def test_nothing_half_written_counts_as_results(task, tmp_path, monkeypatch):
+    """A full disk while writing results.json leaves no results.json."""
+    from headrace.sim import rollout
+
+    def full_disk(path, data):
+        path.with_name(f".{path.name}.part").write_text("{")
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(rollout, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(task, Pusher(), tmp_path / "out")
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
+        RolloutSettings(episodes=0)

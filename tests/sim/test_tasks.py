@@ -1,0 +1,43 @@
+from dataclasses import replace
+from importlib import import_module
+
+import pytest
+
+from headrace.sim.tasks import GROUPS, Task, find_task, find_tasks, known_tasks, require_ready, words_of
+
+
+def test_every_row_points_at_something():
+    for task in known_tasks().values():
+        for target in (task.environment, task.expert):
+            if target:
+                module, attribute = target.split(":")
+                assert hasattr(import_module(module), attribute)
+
+
+def test_groups_hold_known_tasks():
+    for members in GROUPS.values():
+        assert set(members) <= set(known_tasks())
+
+
+def test_unknown_tasks_name_a_near_match():
+    with pytest.raises(ValueError, match=r"unknown task 'PickCub-v1'; did you mean 'PickCube-v1'"):
+        find_task("PickCub-v1")
+
+
+def test_lists_and_groups_give_each_task_once():
+    names = [task.name for task in find_tasks("PushCube-v1, demo")]
+    assert names == ["PushCube-v1", "PickCube-v1", "StackCube-v1"]
+    with pytest.raises(ValueError, match="empty task name"):
+        find_tasks("PushCube-v1,,")
+
+
+def test_registered_environments_get_an_instruction_from_their_name():
+    assert words_of("LiftPegUpright-v1") == "lift peg upright"
+    assert find_task("LiftPegUpright-v1").instruction == "lift peg upright"
+
+
+def test_a_task_without_its_files_says_what_to_run():
+    task = Task(name="X", instruction="x", missing=lambda: "fetch-it")
+    with pytest.raises(FileNotFoundError, match=r"X needs files .* Fetch them: fetch-it"):
+        require_ready(task)
+    require_ready(replace(task, missing=str))
