@@ -2,6 +2,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 
 from headrace.sim.wrappers import ActionChunk, Unbatched, unbatch
 
@@ -33,7 +34,7 @@ def test_an_episode_ends_inside_a_chunk():
 
 def test_chunk_passes_the_checker_and_is_rebuilt_from_its_spec():
     env = ActionChunk(pendulum(), 2)
-    gym.utils.env_checker.check_env(env, skip_render_check=True)
+    check_env(env, skip_render_check=True)
     again = gym.make(env.spec)
     assert isinstance(again, ActionChunk) and again.action_space.shape == (2, 1)
 
