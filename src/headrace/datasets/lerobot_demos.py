@@ -156,6 +156,10 @@ class LeRobotDemos:
         """Of the states of the chosen episodes, one row per frame."""
         return Statistics.of(self.states[self.rows])
 
+    def episode_of(self, rows: np.ndarray) -> np.ndarray:
+        """Episode number of frames, int64, shape of `rows`."""
+        return self._episode[rows]
+
     def batch(self, indices: np.ndarray) -> DemoBatch:
         """Samples by number, 0 to `len(self) - 1`; a pure function, safe in threads.
 

@@ -17,7 +17,7 @@ from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
 from headrace.robot.sizes import policy_config
 from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy, encode_text, words_of
-from headrace.training.batches import batches
+from headrace.training.batches import ShuffledBatches, batches
 from headrace.training.loop import Fitted, Precision, fit
 from headrace.training.schedule import Schedule
 
@@ -188,6 +188,11 @@ def still(actions: Tensor, is_pad: Tensor, spec: ActionSpec) -> Tensor:
     return torch.where(is_pad[..., None] & moving, torch.zeros((), dtype=actions.dtype), actions)
 
 
+def training_batches(data: Mixture | LeRobotDemos, config: VipraConfig, settings: FinetuneSettings) -> ShuffledBatches:
+    """Augmented training batches; batch k depends on (seed, k) only."""
+    return batches(data, settings.batch_size, seed=settings.seed, transform=_Augment(config, settings))
+
+
 def policy_loss(model: VipraPolicy, batch: TrainingInput, generator: torch.Generator) -> dict[str, Tensor]:
     """Loss as `fit` calls it."""
     return model.loss(batch.inputs, batch.actions, batch.valid, generator)
@@ -227,7 +232,7 @@ def train_policy(
         model,
         policy_loss,
         optimizer,
-        batches(data, settings.batch_size, seed=settings.seed, transform=_Augment(model.config, settings)),
+        training_batches(data, model.config, settings),
         steps=settings.steps,
         out=out,
         resume=resume,

@@ -283,9 +283,9 @@ class VipraPolicy(Pretrained):
             cache_position=torch.arange(start, start + draws * horizon, device=tokens.device),
         ).last_hidden_state
 
-    def velocity_uncached(self, inputs: PolicyInput, noisy: Tensor, t: Tensor) -> Tensor:
-        """The same velocity from one pass over the whole sequence; for checking, and for timing the cache."""
-        embeddings, prefix_valid = self.embed_prefix(inputs)
+    def velocity_uncached(self, embedded: tuple[Tensor, Tensor], noisy: Tensor, t: Tensor) -> Tensor:
+        """The same velocity from one pass over the whole sequence, given what `embed_prefix` returned; for checking."""
+        embeddings, prefix_valid = embedded
         actions = self.decoder.embed(noisy, t)
         start, count = embeddings.shape[1], actions.shape[1]
         valid = torch.cat((prefix_valid, prefix_valid.new_ones(noisy.shape[:2])), 1)
@@ -335,8 +335,9 @@ class VipraPolicy(Pretrained):
 
     @torch.inference_mode()
     def sample_uncached(self, inputs: PolicyInput, noise: Tensor, solver: SolverSettings) -> Tensor:
-        """`sample` without the cache."""
-        normalised = solver.sample(lambda x, t: self.velocity_uncached(inputs, x, t), noise)
+        """`sample` without the cache: pictures are encoded once, the transformer reads the prefix at every step."""
+        embedded = self.embed_prefix(inputs)
+        normalised = solver.sample(lambda x, t: self.velocity_uncached(embedded, x, t), noise)
         return self.normalize_action.inverse(normalised)
 
     @staticmethod
