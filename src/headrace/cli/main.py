@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "vqa run": ("headrace.cli.vqa:run", "score a vision-language model on flowcharts, pruned or not"),
     "vqa compare": ("headrace.cli.vqa:compare", "two runs on the same questions, with paired intervals"),
     "vqa merge": ("headrace.cli.vqa:merge", "join the shards of a run"),
+    "vqa bench-prune": ("headrace.cli.vqa:bench_prune", "accuracy and prefill time of pruning methods by budget"),
     "vqa export": ("headrace.cli.vqa:export", "questions for lmms-eval or VLMEvalKit"),
     "vqa report": ("headrace.cli.vqa:report", "one self-contained HTML page about runs"),
     "tokenizer train": ("headrace.cli.tokenizer_train:train", "train a TokenFlow tokenizer"),

@@ -184,6 +184,62 @@ def report(runs: list[Path], /, *, data: Path | None = None, out: Path = Path("r
     return 0
 
 
+def bench_prune(
+    *,
+    task: str,
+    data: Path,
+    model: str,
+    out: Path,
+    methods: tuple[str, ...] = ("flowcut", "fastv", "visionzip", "random"),
+    keep: tuple[float, ...] = (0.5, 0.25, 0.111),
+    split: str = "test",
+    prompts: str = "headrace-1",
+    limit: int | None = None,
+    repeats: int = 20,
+    warmup: int = 5,
+    device: str = "cpu",
+) -> int:
+    """Score and time pruning methods at several budgets on one open model; writes runs, bench.json and report.html.
+
+    Args:
+        task: Task path, as for `headrace vqa run`.
+        data: Folder of the data set.
+        model: Folder or Hub id.
+        out: Folder; one run folder per setting inside, resumed if it is there.
+        methods: Pruning methods.
+        keep: Budgets: tokens, or shares below 1.
+        split: Split of the data set.
+        prompts: Prompt set, or a JSON file: task to text.
+        limit: Questions per task.
+        repeats: Timed prefills per setting.
+        warmup: Untimed prefills before them.
+        device: Where the model runs.
+    """
+    from headrace.datasets.flowlearn.prompts import find_prompts
+    from headrace.vlm.vqa_bench import SweepConfig, sweep, sweep_table
+    from headrace.vlm.vqa_data import load_task
+    from headrace.vlm.vqa_model import model_name, opener
+    from headrace.vlm.vqa_report import write_report
+    from headrace.vlm.vqa_run import groups_of
+    from headrace.vlm.vqa_samples import write_json
+
+    config = SweepConfig(methods=methods, keep=keep, limit=limit, repeats=repeats, warmup=warmup)
+    tasks, wording = load_task(task, data, split=split), find_prompts(prompts)
+    questions = sum(len(group.questions) for group in groups_of(tasks, limit=limit))
+    opened = opener(model, device=device, pruning=None)()
+    with _Bar(questions * len(config.settings())) as bar:
+        folders = sweep(config, tasks, opened, name=model_name(model), data=data, out=out, prompts=wording, split=split,
+                        progress=lambda _, samples: bar.add(samples))  # fmt: skip
+    rows = sweep_table(folders)
+    write_json(out / "bench.json", rows)
+    print(f"{'setting':<20} tokens      score  prefill [ms]  times faster")
+    for row in rows:
+        print(f"{row['setting']:<20} {row['tokens']:>4}/{row['of']:<5} {row['mean_score']:>6.3f}"
+              f"  {row['prefill_ms']:>12.1f}  {row['times_faster']:>12.2f}")  # fmt: skip
+    print(write_report(folders, out / "report.html", data=data), file=sys.stderr)
+    return 0
+
+
 def export(
     *,
     task: str,

@@ -64,18 +64,13 @@ def pruning_identity(pruning: Any) -> dict[str, Any] | None:
 def opener(source: str, *, device: str, pruning: Any) -> Callable[[], Answerer]:
     """A function that opens the model; nothing is loaded before it is called.
 
-    Raises (when called):
-        ValueError: The model takes no pruning.
-        FileNotFoundError, OSError: No such model.
+    Calling it raises FileNotFoundError or OSError when there is no such model.
     """
 
     def open_it() -> Answerer:
         from headrace.vlm.auto import load_vlm
 
-        model: Any = load_vlm(source, device=device)
-        if pruning is not None:
-            set_pruning(model, pruning)
-        return model
+        return load_vlm(source, pruning=pruning, device=device)
 
     return open_it
 

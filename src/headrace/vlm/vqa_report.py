@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from headrace.datasets.flowlearn.records import Graph
 from headrace.datasets.flowlearn.write import CHARTS_FILE
+from headrace.vlm.vqa_bench import PREFILL_FILE
 from headrace.vlm.vqa_charts import Series, interval_bar, line_chart
 from headrace.vlm.vqa_gallery import graph_difference, kept_overlay, thumbnail
 from headrace.vlm.vqa_run import PICTURES_FILE
@@ -36,6 +37,7 @@ class Run(NamedTuple):
     results: dict[str, Any]
     samples: list[Sample]
     kept: dict[str, tuple[list[int], int]]
+    prefill: dict[str, Any]
 
 
 def read_run(folder: Path) -> Run:
@@ -52,7 +54,9 @@ def read_run(folder: Path) -> Run:
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     kept = {row["image"]: (row["kept"], row["of"]) for row in rows}
-    return Run(_run_name(results, folder), folder, results, read_samples(folder), kept)
+    timed = folder / PREFILL_FILE
+    prefill = json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else {}
+    return Run(_run_name(results, folder), folder, results, read_samples(folder), kept, prefill)
 
 
 def _run_name(results: dict[str, Any], folder: Path) -> str:
@@ -75,6 +79,8 @@ def pruning_name(pruning: dict[str, Any]) -> str:
 
 def kept_share(run: Run) -> float:
     """Share of visual tokens that stayed: measured where the run noted it, else from the settings, else 1."""
+    if run.prefill:
+        return float(run.prefill["share"])
     if run.kept:
         return sum(len(kept) for kept, _ in run.kept.values()) / sum(count for _, count in run.kept.values())
     budget = (run.results["run"]["pruning"] or {}).get("budget", {})
@@ -136,15 +142,20 @@ def _sweep(runs: list[Run]) -> str:
         charts.append(
             line_chart(f"{task} against kept tokens", lines, x_label="visual tokens kept [%]", y_label="score")
         )
-    times = []
-    for method, members in methods.items():
-        found = [
-            (100 * kept_share(r), r.results["milliseconds_per_question"])
-            for r in sorted([*members, *whole], key=kept_share)
-        ]
-        times.append(Series(method, [(x, y, y, y) for x, y in found]))
-    charts.append(line_chart("time per question", times, x_label="visual tokens kept [%]", y_label="ms", y_range=None))
+    timed = all(run.prefill for run in runs)
+    what = "prefill: encoder and first token" if timed else "time per question"
+    times = [Series(method, [_time_point(run, timed) for run in sorted([*members, *whole], key=kept_share)])
+             for method, members in methods.items()]  # fmt: skip
+    charts.append(line_chart(what, times, x_label="visual tokens kept [%]", y_label="ms", y_range=None))
     return f"<h2>Pruning sweep</h2><div class=row>{''.join(f'<div>{c}</div>' for c in charts if c)}</div>"
+
+
+def _time_point(run: Run, timed: bool) -> tuple[float, float, float, float]:
+    """Share kept [%], time [ms] and its quartiles, or the mean time per question twice."""
+    if timed:
+        return (100 * kept_share(run), run.prefill["median_ms"], *run.prefill["quartiles_ms"])
+    mean = run.results["milliseconds_per_question"]
+    return 100 * kept_share(run), mean, mean, mean
 
 
 def _confusion(runs: list[Run]) -> str:

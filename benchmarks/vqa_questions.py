@@ -1,0 +1,118 @@
+"""Questions per second: all questions on a chart in one `answer` call against a loop over `model.generate`.
+
+    python benchmarks/vqa_questions.py --charts 6 --out results.json
+
+A LLaVA-shaped model with random weights; both ways are greedy and must give the same answers. Prints JSON.
+"""
+
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from PIL import Image
+
+from headrace.datasets.flowlearn.prompts import find_prompts
+from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
+from headrace.vlm.huggingface import HuggingFaceVLM
+from headrace.vlm.vqa_data import load_task
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "flowchart_vlm.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """How much to measure.
+
+    Attributes:
+        charts: Charts; each is asked `questions` questions both ways, in turn.
+        width, vision_layers, text_layers, size: Shape of the model.
+        new_tokens: Length of every answer.
+    """
+
+    charts: int = 6
+    questions: int = 8
+    size: int = 336
+    patch: int = 14
+    width: int = 512
+    vision_layers: int = 12
+    text_layers: int = 12
+    new_tokens: int = 8
+    threads: int = 2
+    out: Path | None = None
+
+
+def load_recipe():
+    """The recipe as a module."""
+    spec = importlib.util.spec_from_file_location("flowchart_vlm", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def loop(model: HuggingFaceVLM, picture: Path, texts: list[str], new_tokens: int) -> list[str]:
+    """Transformers as most scripts use it: one `generate` per question."""
+    answers = []
+    for text in texts:
+        inputs = model.processor(
+            text=[model._text(text, 1, video=False)], images=[Image.open(picture)], return_tensors="pt"
+        )
+        ids = model.model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
+        answers.append(
+            model.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        )
+    return [answer.strip() for answer in answers]
+
+
+def main(benchmark: Benchmark) -> None:
+    """Measure both ways on the same charts, alternating."""
+    torch.set_num_threads(benchmark.threads)
+    script = load_recipe()
+    shape = script.Recipe(
+        data=(), out=Path("."), size=benchmark.size, patch=benchmark.patch, width=benchmark.width,
+        vision_layers=benchmark.vision_layers, text_layers=benchmark.text_layers,
+    )  # fmt: skip
+    model = HuggingFaceVLM(*script.build(shape))
+    prompts = find_prompts("short-1")
+    ours: list[float] = []
+    theirs: list[float] = []
+    same = total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder)
+        write_dataset(GenerateConfig(count=benchmark.charts + 1, renderer="pillow"), data)
+        questions = [q for q in load_task("flowlearn/sim-word", data).questions if q.task != "ocr"]
+        for chart, image in enumerate(dict.fromkeys(q.image for q in questions)):
+            texts = [prompts.ask(q) for q in questions if q.image == image][: benchmark.questions]
+            times = []
+            for way in (lambda t, p: model.answer(p, t, max_new_tokens=benchmark.new_tokens),
+                        lambda t, p: loop(model, p, t, benchmark.new_tokens)):  # fmt: skip
+                started = time.perf_counter()
+                times.append((way(texts, data / image), time.perf_counter() - started))
+            if chart == 0:  # warm-up
+                continue
+            same += sum(a == b for a, b in zip(times[0][0], times[1][0], strict=True))
+            total += len(texts)
+            ours.append(times[0][1] / len(texts))
+            theirs.append(times[1][1] / len(texts))
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    result = {
+        "questions_per_second_answer": round(1 / statistics.mean(ours), 3),
+        "questions_per_second_loop": round(1 / statistics.mean(theirs), 3),
+        "times_faster_median": round(statistics.median(ratios), 3),
+        "times_faster_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "same_answers": f"{same}/{total}",
+        "settings": {k: str(v) for k, v in benchmark.__dict__.items() if k != "out"},
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if benchmark.out:
+        benchmark.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark))

@@ -1,0 +1,148 @@
+"""Sweep pruning methods and budgets over one open model: scores by the runner, prefill times by repeated calls."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.datasets.flowlearn.prompts import PromptSet
+from headrace.vlm.pruning.budget import Budget
+from headrace.vlm.vqa_data import TaskSet
+from headrace.vlm.vqa_model import kept_tokens, pruning_identity, pruning_of, set_pruning
+from headrace.vlm.vqa_run import PICTURES_FILE, groups_of, run, run_identity
+from headrace.vlm.vqa_samples import Sample, write_json
+
+PREFILL_FILE = "prefill.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What to sweep.
+
+    Attributes:
+        methods: Pruning methods by name.
+        keep: Budgets: tokens, or shares below 1.
+        limit: Questions per task.
+        repeats: Timed calls per setting, after `warmup` untimed ones; each reads another picture.
+    """
+
+    methods: tuple[str, ...]
+    keep: tuple[float, ...]
+    limit: int | None = None
+    repeats: int = 20
+    warmup: int = 5
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.keep:
+            raise ValueError("a sweep needs at least one method and one budget")
+        if self.repeats < 1 or self.warmup < 0:
+            raise ValueError(f"repeats must be at least 1 and warmup not negative, got {self.repeats}, {self.warmup}")
+        for method in self.methods:
+            for keep in self.keep:
+                pruning_of(method, keep)
+
+    def settings(self) -> list[tuple[str, Any]]:
+        """Folder name and pruning of every point; the first is no pruning."""
+        points: list[tuple[str, Any]] = [("full", None)]
+        points += [(f"{m}-{k:g}", pruning_of(m, k)) for m in self.methods for k in self.keep]
+        return points
+
+
+def time_prefill(
+    model: Any, tasks: TaskSet, data: Path, prompts: PromptSet, *, warmup: int, repeats: int
+) -> list[float]:
+    """Milliseconds of encoding a picture and reading one question up to the first token, once per picture in turn."""
+    questions = [group.questions[0] for group in groups_of(tasks)]
+    times = []
+    for index in range(warmup + repeats):
+        question = questions[index % len(questions)]
+        started = time.perf_counter()
+        model.answer(data / question.image, [prompts.ask(question)], max_new_tokens=1)
+        if index >= warmup:
+            times.append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def kept_of(model: Any, pruning: Any) -> dict[str, Any]:
+    """Visual tokens before and after pruning in the last call; a cut inside the language model counts as its budget."""
+    before = int(getattr(model.record, "visual_before", 0)) if hasattr(model, "record") else 0
+    if pruning is None or not before:
+        return {"tokens_before": before, "tokens_kept": before, "share": 1.0}
+    budget: Budget = pruning.budget
+    after = min(int(model.record.visual_after), budget.of(before)) if kept_tokens(model) else budget.of(before)
+    return {"tokens_before": before, "tokens_kept": after, "share": round(after / before, 6)}
+
+
+def sweep(
+    config: SweepConfig,
+    tasks: TaskSet,
+    model: Any,
+    *,
+    name: str,
+    data: Path,
+    out: Path,
+    prompts: PromptSet,
+    split: str = "test",
+    progress: Callable[[str, list[Sample]], None] | None = None,
+) -> list[Path]:
+    """Run every setting into a folder of its own, resuming what is there, and time its prefill.
+
+    Settings are timed one after the other in one process, so a machine that is busy disturbs all alike; the files keep
+    every single time.
+
+    Args:
+        config: Methods and budgets.
+        tasks: Questions.
+        model: An open model that takes `pruning`.
+        name: The model's name with fingerprint, stored with results.
+        data, out, prompts, split: As for `vqa_run.run`.
+        progress: Called with the folder's name and new samples.
+
+    Returns:
+        The run folders, the unpruned one first.
+    """
+    folders = []
+    for label, pruning in config.settings():
+        folder = out / label
+        set_pruning(model, pruning)
+        identity = run_identity(tasks, prompts, model=name, pruning=pruning_identity(pruning), data=data, split=split)
+        notes = folder / PICTURES_FILE
+
+        def note(opened: Any, image: str, notes: Path = notes) -> None:
+            found = kept_tokens(opened)
+            if found is not None:
+                with notes.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"image": image, "kept": found[0], "of": found[1]}) + "\n")
+
+        def tell(samples: list[Sample], label: str = label) -> None:
+            if progress:
+                progress(label, samples)
+
+        run(tasks, lambda: model, data=data, out=folder, identity=identity, prompts=prompts, limit=config.limit,
+            after_picture=note, progress=tell)  # fmt: skip
+        times = time_prefill(model, tasks, data, prompts, warmup=config.warmup, repeats=config.repeats)
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+        facts = {"median_ms": statistics.median(times), "quartiles_ms": [low, high], "times_ms": times}
+        write_json(folder / PREFILL_FILE, {**facts, **kept_of(model, pruning)})
+        folders.append(folder)
+    set_pruning(model, None)
+    return folders
+
+
+def sweep_table(folders: list[Path]) -> list[dict[str, Any]]:
+    """One row per setting: kept tokens, prefill time, speed against the first, mean score over tasks."""
+    rows: list[dict[str, Any]] = []
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        prefill = json.loads((folder / PREFILL_FILE).read_text(encoding="utf-8"))
+        base = rows[0]["prefill_ms"] if rows else prefill["median_ms"]
+        rows.append({
+            "setting": folder.name, "tokens": prefill["tokens_kept"], "of": prefill["tokens_before"],
+            "mean_score": results["mean_over_tasks"], "prefill_ms": round(prefill["median_ms"], 2),
+            "times_faster": round(base / prefill["median_ms"], 3),
+            **{task: numbers["score"] for task, numbers in results["tasks"].items()},
+        })  # fmt: skip
+    return rows

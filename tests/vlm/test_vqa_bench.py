@@ -1,0 +1,70 @@
+"""A pruning sweep on a small LLaVA with random weights: budgets are honoured, and the page shows them."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from headrace.datasets.flowlearn.prompts import find_prompts
+from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
+from headrace.vlm.huggingface import HuggingFaceVLM
+from headrace.vlm.vqa_bench import SweepConfig, sweep, sweep_table
+from headrace.vlm.vqa_data import load_task
+from headrace.vlm.vqa_model import budget_of, model_name, pruning_of
+from headrace.vlm.vqa_report import write_report
+from headrace.vlm.vqa_samples import read_samples
+
+SCRIPT = Path(__file__).parents[2] / "recipes" / "flowchart_vlm.py"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    data, out = tmp_path_factory.mktemp("charts"), tmp_path_factory.mktemp("sweep")
+    write_dataset(GenerateConfig(count=2, seed=4, renderer="pillow", variant="char"), data)
+    spec = importlib.util.spec_from_file_location("flowchart_vlm", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    recipe = script.Recipe(data=(data,), out=out, size=64, width=64, vision_layers=3, text_layers=3)
+    model = HuggingFaceVLM(*script.build(recipe))
+    config = SweepConfig(methods=("flowcut", "random", "fastv"), keep=(8, 4), repeats=2, warmup=0)
+    tasks = load_task("flowlearn/sim-char/num_nodes", data)
+    folders = sweep(config, tasks, model, name="tiny", data=data, out=out, prompts=find_prompts("short-1"))
+    return folders, data, model
+
+
+def test_every_setting_keeps_what_it_was_told(swept):
+    folders, _, model = swept
+    rows = sweep_table(folders)
+    assert [(r["setting"], r["tokens"], r["of"]) for r in rows] == [
+        ("full", 16, 16), ("flowcut-8", 8, 16), ("flowcut-4", 4, 16), ("random-8", 8, 16), ("random-4", 4, 16),
+        ("fastv-8", 8, 16), ("fastv-4", 4, 16),
+    ]  # fmt: skip
+    assert all(row["prefill_ms"] > 0 for row in rows) and rows[0]["times_faster"] == 1.0
+    assert not any(s.error for folder in folders for s in read_samples(folder))
+    notes = [json.loads(line) for line in (folders[1] / "pictures.jsonl").read_text().splitlines()]
+    assert all(len(n["kept"]) == 8 and n["of"] == 16 and n["kept"] == sorted(n["kept"]) for n in notes)
+    assert model.pruning is None
+
+
+def test_the_page_draws_the_sweep(swept, tmp_path):
+    folders, data, _ = swept
+    text = write_report(folders, tmp_path / "r.html", data=data).read_text()
+    assert "prefill: encoder and first token" in text and "8 of 16 tokens" in text
+
+
+def test_budgets_and_methods_are_checked():
+    assert budget_of(64).tokens == 64 and budget_of(0.25).share == 0.25
+    with pytest.raises(ValueError, match="go together"):
+        pruning_of("flowcut", None)
+    with pytest.raises(ValueError, match="did you mean 'flowcut'"):
+        SweepConfig(methods=("flowcat",), keep=(8,))
+    with pytest.raises(ValueError, match="share must lie"):
+        SweepConfig(methods=("flowcut",), keep=(1.5,))
+
+
+def test_another_checkpoint_in_the_same_folder_has_another_name(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    first = model_name(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"two")
+    assert model_name(str(tmp_path)) != first and model_name("owner/name") == "owner/name"
