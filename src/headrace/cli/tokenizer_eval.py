@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+
 
 def evaluate(
     tokenizer: str,
@@ -70,7 +72,6 @@ def reconstruct(
         count: Pictures at most.
         seed: Of the built-in pictures.
     """
-    import numpy as np
     import torch
     from PIL import Image
 
@@ -88,7 +89,7 @@ def reconstruct(
         tokens = model.encode(inputs)
         if isinstance(model, TokenFlow):
             ends = np.cumsum(model.config.quantizer.counts)[:-1]
-            for end in ends[len(ends) // 2 :: 2]:
+            for end in (ends[len(ends) // 3], ends[2 * len(ends) // 3]):
                 columns.append((f"first {end} codes", model.decode(tokens[:, :end])))
         columns.append(("reconstruction", model.decode(tokens)))
     scores = psnr(model.preprocessing.to_unit(inputs), model.preprocessing.to_unit(columns[-1][1]))
@@ -101,7 +102,7 @@ def reconstruct(
     return 0
 
 
-def _embedded(picture) -> str:
+def _embedded(picture: np.ndarray) -> str:
     from PIL import Image
 
     buffer = io.BytesIO()

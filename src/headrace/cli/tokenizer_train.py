@@ -1,7 +1,12 @@
 """`headrace tokenizer train`: train TokenFlow, or only a new pixel decoder for a trained one."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from headrace.nn.perceptual import Frozen
+    from headrace.tokenizers.tokenflow import TokenFlow
 
 
 def train(
@@ -68,7 +73,7 @@ def train(
     config = TokenFlowLossConfig(stage=stage, adversarial_start=adversarial_start, scale_drop=scale_drop)
     training = TokenFlowTraining(
         model,
-        teacher=_teacher(model, teacher) if stage == "all" else None,
+        teacher=_teacher(model, teacher, fresh=start is None) if stage == "all" else None,
         perceptual=_perceptual(vgg),
         critic=PatchCritic() if model.config.size > 64 else PatchCritic(width=16, layers=2),
         config=config,
@@ -91,7 +96,18 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=1,
         find_unused=True,  # the critic has no gradient before its start
-        settings={"data": data, "variant": variant, "stage": stage, "teacher": teacher},
+        settings={
+            "data": data,
+            "variant": variant,
+            "start": start,
+            "stage": stage,
+            "teacher": teacher,
+            "perceptual": "efficientnet" if vgg is None else "vgg",
+            "adversarial_start": adversarial_start,
+            "scale_drop": scale_drop,
+            "distance_weights": list(distance_weights),
+            "restart_every": restart_every,
+        },
     )
     model.save_pretrained(out / "model")
     if fitted.ema is not None:
@@ -101,30 +117,32 @@ def train(
     return 0
 
 
-def _model(variant, start, stage, distance_weights):
-    from dataclasses import replace
-
-    from headrace.tokenizers.auto import new_tokenizer
+def _model(variant: str, start: str | None, stage: str, distance_weights: tuple[float, float]) -> "TokenFlow":
+    from headrace.tokenizers.auto import tokenizer_config
     from headrace.tokenizers.tokenflow import TokenFlow
     from headrace.tokenizers.tokenflow_loss import with_new_decoder
 
-    fresh = new_tokenizer(f"tokenflow:{variant}")
+    if start is not None and distance_weights != (1.0, 1.0):
+        raise ValueError("--distance-weights is for a new tokenizer; one named with --start keeps its own")
+    config = tokenizer_config(f"tokenflow:{variant}")
     if stage == "decoder":
         if start is None:
             raise ValueError("stage 'decoder' trains a decoder for a trained tokenizer: name its folder with --start")
-        return with_new_decoder(TokenFlow.from_pretrained(start), fresh.config.pixel_decoder)
+        return with_new_decoder(TokenFlow.from_pretrained(start), config.pixel_decoder)
     if start is not None:
         return TokenFlow.from_pretrained(start)
-    quantizer = replace(fresh.config.quantizer, weights=distance_weights)
-    return fresh if quantizer == fresh.config.quantizer else TokenFlow(replace(fresh.config, quantizer=quantizer))
+    return TokenFlow(replace(config, quantizer=replace(config.quantizer, weights=distance_weights)))
 
 
-def _teacher(model, name):
+def _teacher(model: "TokenFlow", name: str, *, fresh: bool) -> "Frozen":
     from headrace.nn.perceptual import EfficientNetLite0
     from headrace.tokenizers.tokenflow_teacher import EfficientNetTeacher, pretrained_teacher
 
     if name == "tower":
-        return pretrained_teacher(model.tower, model.config.tower)
+        teacher = pretrained_teacher(model.config.tower)
+        if fresh:
+            model.tower.load_state_dict(teacher.tower.state_dict())
+        return teacher
     wanted, grid = model.config.semantic_decoder.teacher, model.config.quantizer.grid
     if wanted != EfficientNetTeacher.width:
         raise ValueError(
@@ -135,7 +153,7 @@ def _teacher(model, name):
     return EfficientNetTeacher(EfficientNetLite0.from_package(side=side), grid=grid)
 
 
-def _perceptual(vgg):
+def _perceptual(vgg: Path | None) -> "Frozen":
     from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
 
     return LpipsVGG.from_files(vgg) if vgg is not None else EfficientNetLite0.from_package(side=64)

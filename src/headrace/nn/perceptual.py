@@ -14,7 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import vgg16
+from torchvision.models.vgg import cfgs, make_layers
 
 from headrace.nn.pretrained import load_strictly, read_weights
 
@@ -67,7 +67,7 @@ class LpipsVGG(Frozen):
 
     def __init__(self, vgg: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
         super().__init__()
-        self.net = vgg16(weights=None).features
+        self.net = make_layers(cfgs["D"])
         features = {k.removeprefix("features."): v for k, v in vgg.items() if k.startswith("features.")}
         load_strictly(self.net, features, what="the VGG-16 file")
         self.heads = nn.ModuleList(nn.Conv2d(width, 1, 1, bias=False) for width in VGG_WIDTHS)

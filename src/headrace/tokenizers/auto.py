@@ -4,6 +4,7 @@ import difflib
 import os
 import warnings
 from importlib import import_module
+from typing import Any
 
 from headrace.nn.pretrained import read_config, resolve_folder
 from headrace.tokenizers.base import Tokenizer
@@ -28,14 +29,11 @@ def tokenizer_class(family: str) -> type[Tokenizer]:
     return getattr(import_module(module), attribute)
 
 
-def new_tokenizer(name: str) -> Tokenizer:
-    """Build an untrained tokenizer.
+def tokenizer_config(name: str) -> Any:
+    """The configuration that a name stands for, without building the model.
 
     Args:
         name: `family` or `family:variant`, such as `tokenflow:tiny`; without a variant the family's first is taken.
-
-    Returns:
-        The tokenizer with freshly drawn weights, in eval mode.
 
     Raises:
         ValueError: No such family or variant; names a near match.
@@ -45,7 +43,12 @@ def new_tokenizer(name: str) -> Tokenizer:
     variant = variant or cls.VARIANTS[0]
     if variant not in cls.VARIANTS:
         raise ValueError(_unknown(f"variant of {family}", variant, list(cls.VARIANTS)))
-    return cls(getattr(cls.Config, variant)()).eval()
+    return getattr(cls.Config, variant)()
+
+
+def new_tokenizer(name: str) -> Tokenizer:
+    """Build an untrained tokenizer of a name as in `tokenizer_config`: freshly drawn weights, in eval mode."""
+    return tokenizer_class(name.partition(":")[0])(tokenizer_config(name)).eval()
 
 
 def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = None) -> Tokenizer:

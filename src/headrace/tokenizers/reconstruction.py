@@ -86,8 +86,9 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"two sets of at least 2 rows of equal width are needed, got {a.shape} and {b.shape}")
     a, b = a.astype(np.float64), b.astype(np.float64)
-    # With centred rows A and B, tr sqrt(cov_a cov_b) is the sum of the singular values of A B^T, over the counts.
-    rows_a, rows_b = ((x - x.mean(0)) / np.sqrt(len(x) - 1) for x in (a, b))
+    # With scaled centred rows A and B, tr sqrt(cov_a cov_b) is the sum of the singular values of A B^T. Triangular
+    # factors have the same ones, and are no larger than the number of features or of rows.
+    rows_a, rows_b = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b))
     root = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()
     gap = np.square(a.mean(0) - b.mean(0)).sum()
     return float(max(gap + np.square(rows_a).sum() + np.square(rows_b).sum() - 2 * root, 0.0))

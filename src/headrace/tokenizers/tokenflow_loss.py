@@ -114,7 +114,7 @@ class TokenFlowTraining(nn.Module):
             quantized = model.quantize(images, drop=self._drop(images.device, generator))
             terms["vector"], terms["commitment"] = quantized.vector_loss, quantized.commitment_loss
             terms["semantic"] = self._semantic(quantized.features, images)
-        made = model.decode_pixels(quantized.features)
+        made = model.decode_pixels(quantized.features).float()
         terms["pixel"] = F.mse_loss(made, images)
         terms["perceptual"] = self.perceptual(made, images).mean()
         active = bool(self.steps >= config.adversarial_start)

@@ -5,7 +5,7 @@ import copy
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from headrace.nn.perceptual import EFFICIENTNET_WIDTHS, EfficientNetLite0, Frozen
 from headrace.tokenizers.tokenflow_semantic import CLIP_MEAN, CLIP_STD, SemanticTower, TowerConfig, normalise
@@ -69,10 +69,11 @@ class EfficientNetTeacher(Frozen):
         return F.adaptive_avg_pool2d(features, self.grid).flatten(2).transpose(1, 2)
 
 
-def pretrained_teacher(tower: SemanticTower, config: TowerConfig) -> TowerTeacher:
-    """Load published weights into `tower` (through timm, from its cache or the Hub) and copy it as the teacher."""
+def pretrained_teacher(config: TowerConfig) -> TowerTeacher:
+    """The teacher with the published weights of a tower, from timm's cache or the Hub; the student copies its tower."""
     full = timm.create_model(PRETRAINED[config.family], pretrained=True)
-    projection = full.head.weight.detach().clone() if isinstance(full.head, nn.Linear) else None
+    projection = full.head.weight.detach().clone() if config.family == "clip" else None
     state = full.state_dict()
+    tower = SemanticTower(config)
     tower.model.load_state_dict({name: state[name] for name in tower.model.state_dict()})
-    return TowerTeacher(tower, projection if config.family == "clip" else None)
+    return TowerTeacher(tower, projection)

