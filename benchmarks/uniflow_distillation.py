@@ -1,0 +1,63 @@
+"""Adaptive layer-wise distillation against plain last-layer distillation and none, on one budget, several seeds.
+
+Runs recipes/uniflow.py for each weighting and seed (the teacher of a seed is the same for all) and gathers the figures:
+accuracy of the linear probe on the adapted encoder and on its teacher, and one-step PSNR on held-out pictures.
+
+    python benchmarks/uniflow_distillation.py --out runs/distillation --steps 300
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "uniflow.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to compare, and on which budget."""
+
+    out: Path
+    weightings: tuple[str, ...] = ("adaptive", "last", "none")
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 300
+    teacher_steps: int = 300
+    batch: int = 16
+
+
+def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
+    """Figures of one run; a finished one is read again."""
+    folder = options.out / f"{weighting}_{seed}"
+    kept = folder / "figures.json"
+    if kept.is_file():
+        return json.loads(kept.read_text())
+    chosen = ["--distill-weight", "0"] if weighting == "none" else ["--weighting", weighting]
+    command = [sys.executable, str(RECIPE), "--out", str(folder), "--seed", str(seed), "--steps", str(options.steps)]
+    command += ["--teacher-steps", str(options.teacher_steps), "--batch", str(options.batch), *chosen]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures = json.loads(done.stdout.strip().splitlines()[-1])
+    kept.write_text(json.dumps(figures))
+    return figures
+
+
+def main(options: Options) -> None:
+    """Print mean and standard deviation over seeds of every figure, by weighting, and the runs themselves."""
+    runs = {w: [run(options, w, seed) for seed in options.seeds] for w in options.weightings}
+    table = {
+        weighting: {
+            name: [round(statistics.mean(column), 4), round(statistics.pstdev(column), 4)]
+            for name in rows[0]
+            for column in ([row[name] for row in rows],)
+        }
+        for weighting, rows in runs.items()
+    }
+    print(json.dumps({"mean_and_deviation": table, "runs": runs, "steps": options.steps}, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
