@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from headrace.tokenizers.compared_at import ComparedAt
+from headrace.tokenizers.reconstruction import evaluate
 from headrace.tokenizers.uniflow import UniFlow
 from headrace.tokenizers.uniflow_config import UniFlowConfig
 from headrace.tokenizers.uniflow_protocol import psnr
@@ -38,3 +39,12 @@ def test_a_perfect_tokenizer_loses_only_what_resizing_loses():
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (p.mean, p.std))
     back = p.to_unit(model.decode(model.encode((smooth - mean) / std)))
     assert (psnr(smooth, back) > 35).all()
+
+
+def test_the_report_says_what_a_detour_costs():
+    inner = Perfect(UniFlowConfig.tiny())
+    p = inner.preprocessing
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (p.mean, p.std))
+    noise = (torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - mean) / std
+    assert evaluate(inner, [noise]).psnr == float("inf")
+    assert evaluate(ComparedAt(inner, size=32), [noise[..., :32, :32]]).psnr < 30

@@ -17,6 +17,7 @@ def evaluate(
     data: str,
     count: int = 256,
     batch_size: int = 16,
+    compare_at: int | None = None,
     vgg: Path | None = None,
     inception: Path | None = None,
     out: Path | None = None,
@@ -29,6 +30,8 @@ def evaluate(
         data: A folder of pictures, or `crops`, `shapes`, `mixed` (held-out ones).
         count: Pictures at most.
         batch_size: Pictures per pass.
+        compare_at: Side at which pictures are compared [px]: protocol B, 256 in published tables. They go up to the
+            tokenizer's size, through it and down again. Default: protocol A, the tokenizer's own size.
         vgg: VGG-16 weights for LPIPS; left out without.
         inception: Inception weights of torch-fidelity for rFID; left out without.
         out: JSON file to write.
@@ -38,9 +41,11 @@ def evaluate(
     from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
     from headrace.nn.pretrained import void, write_atomically
     from headrace.tokenizers.auto import load_tokenizer
+    from headrace.tokenizers.compared_at import ComparedAt
     from headrace.tokenizers.reconstruction import evaluate as measure
 
-    model = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer)
+    model = loaded if compare_at is None else ComparedAt(loaded, size=compare_at)
     pictures = open_pictures(data, model.preprocessing, part="held_out", count=count, seed=seed)
     try:
         offline = EfficientNetLite0.from_package(side=128)
@@ -53,7 +58,10 @@ def evaluate(
         lpips=None if vgg is None else LpipsVGG.from_files(vgg),
         inception=inception,
     )
-    text = json.dumps({"tokenizer": tokenizer, "data": data, "seed": seed, **asdict(report)}, indent=2)
+    text = json.dumps(
+        {"tokenizer": tokenizer, "data": data, "seed": seed, "compared_at": model.preprocessing.size, **asdict(report)},
+        indent=2,
+    )
     print(text)
     if out is not None:
         write_atomically(out, lambda path: void(path.write_text(text + "\n")))

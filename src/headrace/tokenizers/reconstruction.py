@@ -13,6 +13,7 @@ from torch import Tensor
 from headrace.nn.perceptual import EfficientNetLite0
 from headrace.nn.quantizers.code_usage import UsageCounter
 from headrace.tokenizers.base import Tokenizer
+from headrace.tokenizers.compared_at import ComparedAt
 from headrace.tokenizers.tokenflow import TokenFlow
 from headrace.tokenizers.uniflow_protocol import psnr
 
@@ -116,7 +117,7 @@ def inception_features(weights: Path | None = None) -> tuple[Callable[[Tensor], 
 
 @torch.no_grad()
 def evaluate(
-    model: Tokenizer,
+    model: Tokenizer | ComparedAt,
     batches: Iterable[Tensor],
     *,
     efficientnet: EfficientNetLite0 | None = None,
@@ -126,7 +127,7 @@ def evaluate(
     """Reconstruct pictures and measure.
 
     Args:
-        model: Any tokenizer, in eval mode.
+        model: Any tokenizer, in eval mode, or one compared at another size.
         batches: Inputs as `model.preprocessing` makes them, shape (B, 3, size, size).
         efficientnet: Feature network for the offline distances; None leaves them out.
         lpips: Distance of two batches in [-1, 1]; None leaves it out.
