@@ -35,7 +35,7 @@ class SlowWave:
 
     def act(self, observations, slots) -> ActionChunk:
         now = time.perf_counter()
-        matrix = self.rng.normal(size=(256, 256))
+        matrix = self.rng.normal(size=(256, 256)) if self.busy else None
         while (left := now + self.think - time.perf_counter()) > 0:
             if self.busy:
                 matrix = np.tanh(matrix @ matrix / 16)

@@ -27,6 +27,19 @@ def test_the_group_is_the_four_tasks_under_the_official_rule():
     assert [task.max_steps for task in tasks] == [60, 60, 60, 120]
     assert dict(find_task("simpler/stack-cube@stock").settings) == {"port": "stock"}
     assert all(task.expert for task in tasks)
+    assert dict(find_task("simpler/stack-cube@224").settings)["square"] == 224
+
+
+def test_pictures_are_squeezed_on_request():
+    from headrace.contracts import Observation
+    from headrace.sim.simpler_environment import SimplerEnvironment
+
+    environment = SimplerEnvironment.__new__(SimplerEnvironment)
+    environment.square = 24
+    picture = np.repeat(np.arange(48, dtype=np.uint8)[:, None, None], 64, axis=1).repeat(3, axis=2)
+    squeezed = environment._squeezed(Observation(images={"c": picture}, state=np.zeros(7)))
+    assert squeezed.images["c"].shape == (24, 24, 3)
+    np.testing.assert_allclose(squeezed.images["c"][:, 0, 0], np.arange(24) * 2 + 0.5, atol=0.6)
 
 
 @pytest.mark.sim

@@ -209,13 +209,13 @@ GOOGLE_ROBOT: dict[str, str] = {
 def simpler_task(name: str) -> SimplerTask:
     """The task of that name; `simpler/` may be left out, and SimplerEnv's own names are understood.
 
-    A suffix `@stock`, which names ManiSkill's port as it is, is the same task.
+    A suffix after `@`, which names a variant of the environment, is the same task.
 
     Raises:
         ValueError: No such task; names a near match.
     """
     names = {alias: task for task in TASKS.values() for alias in (task.name, task.name.split("/")[1], task.official)}
-    name = name.removesuffix("@stock")
+    name = name.split("@")[0]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""

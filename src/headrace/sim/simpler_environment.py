@@ -1,5 +1,7 @@
 """The SIMPLER tasks in the form that the rollout runner and the collector use."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from headrace.contracts import Observation
@@ -16,20 +18,24 @@ class SimplerEnvironment:
     So the default evaluation is the benchmark, and demonstrations, whose seeds start at a million, never meet it.
 
     Args:
-        task: The task, named `simpler/...`, with a suffix `@stock` for ManiSkill's port as it is.
+        task: The task, named `simpler/...`; what follows an `@` names a variant and is not read here.
         port: See `SimplerScene`.
         render: Draw pictures.
-        width: Width of the picture [px].
+        width: Width of the drawn picture [px].
+        square: Side of a square that the picture is squeezed into, aspect not kept, as Octo's evaluation does [px]; 0
+            hands the drawn picture over.
     """
 
     cameras: tuple[str, ...] = (CAMERA,)
     state_names = STATE_NAMES
     largest_move = 0.03  # [m] per step; pushes that are added to demonstrations are scaled by it
 
-    def __init__(self, task: Task, *, port: Port = "restored", render: bool = True, width: int = 640) -> None:
+    def __init__(
+        self, task: Task, *, port: Port = "restored", render: bool = True, width: int = 640, square: int = 0
+    ) -> None:
         _quiet()
-        self.scene = SimplerScene(task.name.removesuffix("@stock"), port=port, render=render, width=width)
-        self.spec = self.scene.spec
+        self.scene = SimplerScene(task.name.split("@")[0], port=port, render=render, width=width)
+        self.spec, self.square = self.scene.spec, square
         self.cameras = (CAMERA,) if render else ()
 
     def reset(self, seed: int) -> Observation:
@@ -40,7 +46,8 @@ class SimplerEnvironment:
         """
         task = self.scene.task
         official = 0 <= seed < OFFICIAL_EPISODES
-        return self.scene.start(task.official_layout(seed) if official else task.random_layout(seed))
+        layout = task.official_layout(seed) if official else task.random_layout(seed)
+        return self._squeezed(self.scene.start(layout))
 
     def step(self, action: np.ndarray) -> Step:
         """Apply one action; the readings hold each rule of SIMPLER by name, and the episode's outcome so far."""
@@ -52,7 +59,17 @@ class SimplerEnvironment:
             "consecutive_grasp_ever": float(outcome.consecutive_grasp),
             "success_ever": float(outcome.ever),
         }
-        return Step(step.observation, step.success, readings)
+        return Step(self._squeezed(step.observation), step.success, readings)
+
+    def _squeezed(self, observation: Observation) -> Observation:
+        if not self.square or not observation.images:
+            return observation
+        import cv2
+
+        size = (self.square, self.square)
+        images = {name: cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+                  for name, picture in observation.images.items()}  # fmt: skip
+        return replace(observation, images=images)
 
     def close(self) -> None:
         """Free the simulation."""

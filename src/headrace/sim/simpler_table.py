@@ -19,13 +19,13 @@ def _value(row: dict[str, Any], reading: str) -> bool:
 
 
 def rates(episodes: list[dict[str, Any]], reading: str) -> list[tuple[str, int, int]]:
-    """Task, episodes that fulfil `reading`, episodes; in SIMPLER's order, then tasks of the stock port."""
-    names = [name + suffix for suffix in ("", "@stock") for name in TASKS]
+    """Task, episodes that fulfil `reading`, episodes; in SIMPLER's order, variants after the tasks as published."""
+    names = {row["task"]: None for row in episodes}
+    order = {name: index for index, name in enumerate(TASKS)}
     rows = []
-    for name in names:
+    for name in sorted(names, key=lambda name: (name.partition("@")[2], order[name.split("@")[0]])):
         of_task = [row for row in episodes if row["task"] == name]
-        if of_task:
-            rows.append((name, sum(_value(row, reading) for row in of_task), len(of_task)))
+        rows.append((name, sum(_value(row, reading) for row in of_task), len(of_task)))
     return rows
 
 

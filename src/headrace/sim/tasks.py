@@ -56,26 +56,31 @@ TABLE_TOP: tuple[Task, ...] = (
     Task(name="PullCube-v1", instruction="pull the cube to the target", expert=f"{EXPERTS}:PullCube"),
     Task(name="PlaceSphere-v1", instruction="place the sphere in the bin", expert=f"{EXPERTS}:PlaceSphere"),
 )
+# As published; ManiSkill's port as it is; as published, for policies that take square pictures.
+SIMPLER_VARIANTS: dict[str, tuple[tuple[str, Any], ...]] = {
+    "": (("port", "restored"),),
+    "@stock": (("port", "stock"),),
+    "@224": (("port", "restored"), ("square", 224)),
+}
 SIMPLER: tuple[Task, ...] = tuple(
     Task(
-        name=name + ("@stock" if port == "stock" else ""),
+        name=name + variant,
         instruction=about.instruction,
         max_steps=about.steps,
         success_rule="at_end",
         environment="headrace.sim.simpler_environment:SimplerEnvironment",
         expert="headrace.sim.simpler_environment:SimplerExpert",
-        settings=(("port", port),),
+        settings=settings,
         missing=partial(download_command, name),
     )
-    for port in ("restored", "stock")
+    for variant, settings in SIMPLER_VARIANTS.items()
     for name, about in SIMPLER_TASKS.items()
 )
 # Groups stand for several tasks in one command, such as `--task tabletop`.
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("PushCube-v1", "PickCube-v1", "StackCube-v1"),
     "tabletop": tuple(task.name for task in TABLE_TOP),
-    "simpler": tuple(SIMPLER_TASKS),
-    "simpler@stock": tuple(f"{name}@stock" for name in SIMPLER_TASKS),
+    **{f"simpler{variant}": tuple(name + variant for name in SIMPLER_TASKS) for variant in SIMPLER_VARIANTS},
 }
 
 
