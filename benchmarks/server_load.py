@@ -118,9 +118,13 @@ def main() -> None:
     parser.add_argument("--policy", choices=("clock", "torch"), default="clock")
     parser.add_argument("--call", type=float, default=0.05)
     parser.add_argument("--each", type=float, default=0.002)
+    parser.add_argument("--soak", action="store_true", help="batched only: is memory flat over --seconds?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     policy = Network() if args.policy == "torch" else Clock(args.call, args.each)
+    if args.soak:
+        print(json.dumps(measure(policy, args.clients, args.seconds, max_batch=16), indent=1))
+        return
     one = measure(policy, args.clients, args.seconds, max_batch=1)
     many = measure(policy, args.clients, args.seconds, max_batch=16)
     result = {
