@@ -2,8 +2,8 @@
 
     python benchmarks/server_load.py --clients 8 --seconds 20 --out server_load.json
 
-Each client is a process-like thread that sends a 224 x 224 picture and a state, waits for its chunk and sends the next.
-The policy is a small convolutional network on the CPU (`--policy torch`) or a clock whose call costs
+Each client is a thread that sends a 224 x 224 picture and a state, waits for its chunk and sends the next.
+The policy is a transformer on the CPU (`--policy torch`) or a clock whose call costs
 `--call` + `--each` * batch seconds (`--policy clock`), which is what a GPU policy looks like from outside.
 """
 
