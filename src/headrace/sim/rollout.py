@@ -149,6 +149,7 @@ class Rollout:
         require_ready(task)
         self.task, self.policy, self.settings, self.folder = task, policy, settings, folder
         self.rule: SuccessRule = settings.success_rule or task.success_rule
+        self.described: dict[str, Any] = {}
 
     def run(self) -> list[dict[str, Any]]:
         """Run all episodes that the folder does not hold yet; returns every row, in order of the seeds."""
@@ -171,9 +172,9 @@ class Rollout:
         count = min(self.settings.num_envs, len(waiting))
         workers = [Worker(self.task, rule=self.rule, keep_frames=True) for _ in range(count)]
         try:
-            described = workers[0].call("describe", timeout=self.settings.timeout)
+            self.described = workers[0].call("describe", timeout=self.settings.timeout)
             if self.policy is not None:
-                require_same_spec(self.policy.spec, ActionSpec.from_dict(described["spec"]))
+                require_same_spec(self.policy.spec, ActionSpec.from_dict(self.described["spec"]))
             slots = [_Slot(index, worker) for index, worker in enumerate(workers)]
             busy = [slot for slot in slots if self._begin(slot, waiting)]
             while busy:
@@ -365,10 +366,12 @@ def roll_out(
     }
     with claim(folder):
         check_same_run(folder, identity)
-        results = []
+        results, described = [], {}
         for task in tasks:
             started = time.perf_counter()
-            rows = Rollout(task, policy, settings, folder).run()
+            rollout = Rollout(task, policy, settings, folder)
+            rows = rollout.run()
+            described = rollout.described or described
             results.append(summarise(task.name, rows, seconds=time.perf_counter() - started))
         episodes = sum(r["episodes"] for r in results)
         summary = results[0] if len(results) == 1 else {"task": ",".join(t.name for t in tasks), **total(results)}
@@ -381,6 +384,8 @@ def roll_out(
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "versions": versions(),
+            "action_names": described.get("spec", {}).get("names", []),
+            "state_names": described.get("state_names", []),
             "tasks": results,
             "average_success_rate": sum(r["success_rate"] for r in results) / len(results) if episodes else None,
         }
