@@ -35,7 +35,8 @@ from headrace.robot.finetune import (
 from headrace.robot.policy import FlowPolicy, settle
 from headrace.robot.sizes import policy_config
 from headrace.robot.vipra import VipraPolicy
-from headrace.sim.rollout import RolloutSettings, roll_out, write_json
+from headrace.sim.rollout import RolloutSettings, roll_out
+from headrace.sim.run_folder import write_json
 from headrace.sim.tasks import find_task
 from headrace.training.batches import batches
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from headrace.contracts import ActionChunk, ActionSpec, SpecMismatch
-from headrace.sim.rollout import RolloutSettings, claim, read_episodes, roll_out
+from headrace.sim.rollout import RolloutSettings, roll_out
+from headrace.sim.run_folder import claim, read_episodes
 from headrace.sim.tasks import Task
 
 TOY = '''

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from headrace.sim.episode import Episode, Perturbation
-from headrace.sim.rollout import claim, write_json
+from headrace.sim.run_folder import claim, write_json
 from headrace.sim.tasks import Task, require_ready
 from headrace.sim.workers import Worker, WorkerFailed, ready
 

@@ -1,11 +1,9 @@
 """Rolling a policy out: parallel environment processes, batched policy calls, results written as they happen."""
 
-import json
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,13 @@ from tqdm import tqdm
 
 from headrace.contracts import ActionSpec, Observation, Policy, require_same_spec
 from headrace.sim.episode import Episode
-from headrace.sim.statistics import wilson_interval
+from headrace.sim.results import hardware, summarise, total, versions
+from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, write_json
 from headrace.sim.success import SuccessRule
 from headrace.sim.tasks import Task, require_ready
 from headrace.sim.workers import Worker, WorkerFailed, ready
 
-EPISODES_FILE, RESULTS_FILE, RUN_FILE = "episodes.jsonl", "results.json", "run.json"
+EPISODES_FILE, RESULTS_FILE = "episodes.jsonl", "results.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,80 +58,6 @@ class _Slot:
     answered: str = ""
     milliseconds: list[float] = field(default_factory=list)
     sent_at: float = 0.0
-
-
-@contextmanager
-def claim(folder: Path) -> Iterator[None]:
-    """Hold a folder for one run.
-
-    Raises:
-        FileExistsError: Another run holds it now.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise FileExistsError(f"another run is writing to {folder}; give this one its own --out") from error
-        yield
-
-
-def read_episodes(path: Path) -> list[dict[str, Any]]:
-    """Finished episodes of an earlier run; a last line that was cut off by a kill is dropped from the file."""
-    if not path.exists():
-        return []
-    whole, rows = b"", []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-        if not line.endswith(b"\n"):
-            rows.pop()
-            break
-        whole += line
-    if len(whole) != path.stat().st_size:
-        temporary = path.with_suffix(".part")
-        temporary.write_bytes(whole)
-        temporary.replace(path)
-    return rows
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line and force it to the disk."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse to continue a run that was made with other settings.
-
-    Raises:
-        FileExistsError: Names what differs.
-    """
-    path = folder / RUN_FILE
-    if path.exists():
-        before = json.loads(path.read_text())
-        differing = [
-            f"{k}: {before.get(k)!r} before, {identity[k]!r} now" for k in identity if before.get(k) != identity[k]
-        ]
-        if differing:
-            raise FileExistsError(
-                f"{folder} holds another run ({'; '.join(differing)}). Give a new --out, or remove that folder."
-            )
-    else:
-        write_json(path, identity)
 
 
 class Rollout:
@@ -280,56 +205,6 @@ class Rollout:
         }
 
 
-def summarise(task: str, rows: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
-    """One task's results from its episode rows (see the interface in docs/rollout.md)."""
-    successes, steps = sum(row["success"] for row in rows), sum(row["steps"] for row in rows)
-    low, high = wilson_interval(successes, len(rows))
-    chunks = [ms for row in rows for ms in row["policy_ms"]]
-    spent = sum(row["seconds"] for row in rows)
-    return {
-        "task": task,
-        "episodes": len(rows),
-        "successes": successes,
-        "success_rate": successes / max(len(rows), 1),
-        "ci95": [low, high],
-        "success_rule": rows[0]["success_rule"] if rows else "",
-        "successes_once": sum(row["success_once"] for row in rows),
-        "successes_at_end": sum(row["success_at_end"] for row in rows),
-        "errors": sum(row["error"] is not None for row in rows),
-        "seconds": round(seconds, 3),
-        "env_steps": steps,
-        "env_steps_per_second": steps / spent if spent else 0.0,
-        "policy_ms_per_chunk": float(np.mean(chunks)) if chunks else None,
-        "policy_ms_per_chunk_p95": float(np.percentile(chunks, 95)) if chunks else None,
-        "policy_ms_per_action": sum(chunks) / steps if chunks and steps else None,
-        "seeds": [row["seed"] for row in rows],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for package in (
-        "headrace",
-        "torch",
-        "mani-skill",
-        "sapien",
-        "gymnasium",
-        "timm",
-        "transformers",
-        "lerobot",
-        "numpy",
-    ):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def roll_out(
     tasks: list[Task],
     policy: Policy | None,
@@ -391,39 +266,3 @@ def roll_out(
         }
         write_json(folder / RESULTS_FILE, report)
     return report
-
-
-def total(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same figures over several tasks."""
-    episodes, successes = sum(r["episodes"] for r in results), sum(r["successes"] for r in results)
-    steps = sum(r["env_steps"] for r in results)
-    spent = sum(r["env_steps"] / r["env_steps_per_second"] for r in results if r["env_steps_per_second"])
-    means = [r["policy_ms_per_chunk"] for r in results if r["policy_ms_per_chunk"] is not None]
-    return {
-        "episodes": episodes,
-        "successes": successes,
-        "success_rate": successes / max(episodes, 1),
-        "ci95": list(wilson_interval(successes, episodes)),
-        "errors": sum(r["errors"] for r in results),
-        "seconds": sum(r["seconds"] for r in results),
-        "env_steps": steps,
-        "env_steps_per_second": steps / spent if spent else 0.0,
-        "policy_ms_per_chunk": sum(means) / len(means) if means else None,
-        "seeds": sorted({seed for r in results for seed in r["seeds"]}),
-    }
-
-
-def hardware() -> str:
-    """Processor, cores and accelerator in words."""
-    import platform
-
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    return f"{name}, {os.cpu_count()} cores, {device}"
