@@ -45,7 +45,13 @@ class CodeRestart(nn.Module):
 
         Returns:
             Number of codes moved.
+
+        Raises:
+            RuntimeError: Several processes train together: each would move its codes onto its own pictures.
         """
+        group = torch.distributed
+        if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+            raise RuntimeError("codes can be restarted in one process only; train without restart on several")
         self.seen[codes.flatten()] = True
         self.steps += 1
         if int(self.steps) % self.every:
