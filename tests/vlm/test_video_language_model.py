@@ -72,7 +72,9 @@ def test_pruning_keeps_its_budget_and_all_is_all(build, picture, merge):
         (short,) = model.prompts(picture(), QUESTIONS[:1])
         assert int(short.visual.sum()) == 3 == model.record.visual_after and torch.isfinite(short.embeds).all()
         assert torch.equal(short.ids[~short.visual], plain.ids[~plain.visual])
-    assert len(model.answer(picture(), QUESTIONS, max_new_tokens=2)) == 3
+    model.pruning = pruning_config("flowcut", Budget(tokens=3))
+    assert len(model.answer([picture(), picture(seed=4)], QUESTIONS, max_new_tokens=2)) == 3
+    assert [len(row) for row in model.record.kept] == [3, 3] and model.record.visual_after == 6
 
 
 @pytest.mark.parametrize("name, tokens", [("tokenflow", "features"), ("tokenflow", "codes"), ("uniflow", "features"),

@@ -72,14 +72,23 @@ class AnswersPictures:
     def _encoded(self: Any, pictures: list[Any]) -> Tensor:
         pixels = self.encoder.preprocessing(pictures).to(self.device)
         start = time.perf_counter()
-        tower = None if self.pruning is None else self.encoder.tower()
-        with marked_pruning(self.encoder, self.pruning, tower=tower) as cut:
+        kept: list[list[int]] = []
+        units: list[int] = []
+        if self.pruning is None:
             rows = self.encode(pixels)
+        else:  # one by one: what a picture keeps does not depend on its neighbours
+            tower, parts = self.encoder.tower(), []
+            for one in pixels.split(1):
+                with marked_pruning(self.encoder, self.pruning, tower=tower) as cut:
+                    parts.append(self.encode(one))
+                kept += cut.report.kept if cut is not None else []
+                units += cut.report.units if cut is not None else []
+            rows = torch.cat(parts)
         gone = int(rows[..., 0].isnan().sum()) if rows.is_floating_point() else 0
         before = rows.shape[0] * rows.shape[1]
         self.record = AnswerRecord(
             visual_before=before, visual_after=before - gone, encode_seconds=time.perf_counter() - start,
-            kept=cut.report.kept if cut is not None else [], units=cut.report.units if cut is not None else [],
+            kept=kept, units=units,
         )  # fmt: skip
         return rows
 

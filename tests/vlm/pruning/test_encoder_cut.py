@@ -110,6 +110,27 @@ def test_eager_and_sdpa_cut_alike(encoders):
     assert kept[0] == kept[1]
 
 
+@torch.no_grad()
+def test_scoring_costs_two_rows_per_block(encoders):
+    """Counted in floating-point operations: one row of q.k and one of v.v per block, and no projection twice."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, pixels = encoders["clip"], torch.randn(1, 3, 48, 48)
+
+    def operations():
+        with FlopCounterMode(display=False) as counter:
+            model(pixels)
+        return counter.get_total_flops()
+
+    plain = operations()
+    with prune(model, FlowCutConfig(budget=Budget(tokens=9), schedule="last")):
+        scored = operations()
+    blocks, tokens, width = 6, 37, 32
+    assert scored - plain == blocks * 2 * (2 * tokens * width)
+    with prune(model, FlowCutConfig(budget=Budget(tokens=9), schedule="uniform")):
+        assert operations() < plain
+
+
 def test_two_models_do_not_meet_and_one_is_not_pruned_twice(encoders):
     clip, siglip, pixels = encoders["clip"], encoders["siglip"], torch.randn(1, 3, 48, 48)
     plain = tokens(siglip, pixels)

@@ -91,6 +91,7 @@ def evidence(
     if softmax == "patch_only" and own:
         patches = torch.arange(key.shape[2], device=key.device) >= own
         over = patches.expand(key.shape[0], -1) if over is None else over & patches
+    value = value.float()
     asker = query[:, :, 0] if relay == "cls" else mean_over(query[:, :, own:], valid)
     attention = relay_row(asker, key, scaling=scaling, over=over)[:, own:]
     density = token_density(value[:, :, own:])
