@@ -87,13 +87,13 @@ class Record:
         """Average over processes, check, and write."""
         if not self._pending:
             return
-        names = list(self._pending[0][1])
-        device = self._accelerator.device
-        table = torch.stack(
-            [torch.stack([torch.as_tensor(v[n], device=device).double() for n in names]) for _, v in self._pending]
-        )
+        names = [name for name, value in self._pending[0][1].items() if isinstance(value, Tensor)]
+        table = torch.stack([torch.stack([torch.as_tensor(v[n]).float() for n in names]) for _, v in self._pending])
         means = self._accelerator.reduce(table, "mean").tolist()
-        rows = [{"step": s, **dict(zip(names, m, strict=True))} for (s, _), m in zip(self._pending, means, strict=True)]
+        rows = [
+            {"step": step, **values, **dict(zip(names, mean, strict=True))}
+            for (step, values), mean in zip(self._pending, means, strict=True)
+        ]
         self._pending.clear()
         for row in rows:
             if not np.isfinite(row["total"]):
