@@ -9,7 +9,7 @@ from headrace.vlm.pruning.auto import pruning_config
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.sequence import Delimiter, Field, SequenceLayout, Special, Vocabulary, pad_sequences
 from headrace.vlm.video_language_model import VideoLanguageConfig, VideoLanguageModel
-from headrace.vlm.visual_encoder import VisualEncoderConfig
+from headrace.vlm.visual_encoder import VisualEncoder, VisualEncoderConfig
 
 QUESTIONS = ["How many nodes?", "Is A linked to B, or to C?", "?"]
 
@@ -111,6 +111,28 @@ def test_training_learns_what_a_picture_shows(build, picture):
     model.eval()
     assert [model.answer(picture(seed=s), ["Which?"], max_new_tokens=8)[0] for s in (1, 2)] == ["left", "right"]
     assert all(p.grad is None for p in model.encoder.parameters())
+
+
+def test_a_trained_language_model_is_put_behind_an_encoder(byte_text, picture, tmp_path):
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {k: v for k, v in VideoLanguageConfig.tiny().language.items() if k != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).save_pretrained(tmp_path / "lm")
+    byte_text.save_pretrained(tmp_path / "lm")
+    encoder = VisualEncoder(VideoLanguageConfig.tiny().encoder)
+    model = VideoLanguageModel.from_language_model(tmp_path / "lm", encoder, train_encoder=True)
+    language = AutoModelForCausalLM.from_pretrained(tmp_path / "lm")
+    assert all(torch.equal(a, b) for a, b in zip(model.language.parameters(), language.parameters(), strict=True))
+    pixels = model.encoder.preprocessing([picture()])
+    assert torch.equal(model.encoder(pixels), encoder(pixels))
+    model(pad_sequences([model.example("?", "yes")]), {"picture": model.picture_rows(pixels)}).loss.backward()
+    assert all(p.grad is not None for p in model.encoder.inner.blocks.parameters())
+    model.save_pretrained(tmp_path / "vlm")
+    again = VideoLanguageModel.from_pretrained(tmp_path / "vlm")
+    assert again.config == model.config
+    model.eval()
+    assert again.answer(picture(), QUESTIONS, max_new_tokens=3) == model.answer(picture(), QUESTIONS, max_new_tokens=3)
 
 
 @pytest.fixture(scope="module")

@@ -152,15 +152,20 @@ class VideoLanguageModel(AnswersPictures, Pretrained):
         template: PromptTemplate | None = None,
         vocabularies: tuple[Vocabulary, ...] = (),
         train_encoder: bool = False,
+        gguf_file: str | None = None,
     ) -> Self:
-        """Put a trained language model (folder or Hub id, with its tokenizer) behind a trained encoder.
+        """Put a trained language model behind a trained encoder; the projector and further tables start random.
 
-        The projector and further tables start random.
+        Args:
+            source: Folder or Hub id of the language model with its tokenizer.
+            encoder: Its weights are copied.
+            template, vocabularies, train_encoder: See `VideoLanguageConfig`.
+            gguf_file: Name of a GGUF file in `source` to read model and tokenizer from.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        language = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        language = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf_file)
         specials = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
         config = VideoLanguageConfig(
             language={**language.config.to_diff_dict(), "model_type": language.config.model_type},
