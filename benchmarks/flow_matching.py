@@ -388,7 +388,7 @@ def main() -> int:
         for f in found:
             print(f"  {'holds' if f.holds else 'FAILS'}  {f.name}  {f.figures}", flush=True)
         print(f"    {time.perf_counter() - started:.0f} s", flush=True)
-        rows += [{"part": name, **f._asdict()} for f in found]
+        rows += [{"part": name, **f._replace(holds=bool(f.holds))._asdict()} for f in found]
     held = sum(row["holds"] for row in rows)
     print(f"{held} of {len(rows)} hold; {time.perf_counter() - begun:.0f} s, {time.process_time() - cpu:.0f} s of CPU")
     if options.out:
