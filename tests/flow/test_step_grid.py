@@ -1,7 +1,7 @@
 import pytest
 
 from headrace.flow.solver import SolverSettings
-from headrace.flow.step_grid import GRID_FILE, GridMismatch, StepGrid
+from headrace.flow.step_grid import GRID_FILE, GridMismatch, StepGrid, settings_for
 
 TUNED = StepGrid(times=(0.0, 0.07, 0.31, 1.0), source="endpoint", tuned=True, fine_steps=100, samples=64, cost=0.125)
 
@@ -38,3 +38,15 @@ def test_files_that_are_no_grid_are_refused(tmp_path):
             StepGrid.load(path)
     with pytest.raises(ValueError, match="source"):
         StepGrid(times=(0.0, 1.0), source="guess")
+
+
+def test_a_folder_knows_how_its_model_is_sampled(tmp_path):
+    heun = SolverSettings(steps=3, method="heun")
+    assert settings_for(tmp_path) == SolverSettings(steps=10)
+    assert settings_for(tmp_path, default=heun) == heun == settings_for(tmp_path, heun)
+    TUNED.save(tmp_path)
+    assert settings_for(tmp_path, default=heun) == TUNED.settings == settings_for(tmp_path, TUNED.settings)
+    with pytest.raises(GridMismatch):
+        settings_for(tmp_path, heun)
+    StepGrid.uniform(4).save(tmp_path)
+    assert settings_for(tmp_path, heun) == heun

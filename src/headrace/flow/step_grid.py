@@ -104,3 +104,26 @@ class StepGrid:
         if not isinstance(data, dict) or set(data) - known or "times" not in data:
             raise ValueError(f"{path} is not a step grid: it needs `times` and knows only {', '.join(sorted(known))}")
         return cls(**{**data, "times": tuple(data["times"])})
+
+
+def settings_for(
+    folder: str | os.PathLike[str], asked: SolverSettings | None = None, *, default: SolverSettings | None = None
+) -> SolverSettings:
+    """How to sample the model in a folder: as asked, else on the grid saved with it, else by the default.
+
+    Args:
+        folder: Model folder; need not hold a grid.
+        asked: What the user chose, if anything.
+        default: For a model without a grid; ten Euler steps if not given.
+
+    Raises:
+        GridMismatch: The model is straightened for its grid and something else was asked for.
+        ValueError: The grid's file is broken.
+    """
+    if not (Path(folder) / GRID_FILE).is_file():
+        return asked or default or SolverSettings(steps=10)
+    grid = StepGrid.load(folder)
+    if asked is None:
+        return grid.settings
+    grid.require(asked)
+    return asked
