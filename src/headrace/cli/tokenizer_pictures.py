@@ -76,9 +76,10 @@ class BuiltInPictures:
     def batch(self, indices: np.ndarray) -> Tensor:
         """Inputs of these indices; of `mixed`, even ones are crops."""
         kinds = {"crops": np.zeros_like(indices), "shapes": np.ones_like(indices), "mixed": indices % 2}[self.name]
+        places = indices // 2 if self.name == "mixed" else indices
         out = torch.stack(
             [
-                self.shapes.batch(indices[i : i + 1]).images[0] if kind else self.crops.batch(indices[i : i + 1])[0]
+                self.shapes.batch(places[i : i + 1]).images[0] if kind else self.crops.batch(places[i : i + 1])[0]
                 for i, kind in enumerate(kinds)
             ]
         )
