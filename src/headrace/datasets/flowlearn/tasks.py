@@ -52,8 +52,12 @@ BALANCED = {
     "statement": ("true_statement", "false_statement"),
 }
 # What a user may also write: the subset's short names.
-_SHORT = {"is_true": "true_statement", "is_false": "false_statement", "true": "true_statement",
-          "false": "false_statement", "sci_ocr": "ocr"}  # fmt: skip
+_SHORT = {
+    "is_true": "true_statement", "is_false": "false_statement", "true": "true_statement", "false": "false_statement",
+    "statement_true": "true_statement", "statement_false": "false_statement", "sci_true": "true_statement",
+    "sci_false": "false_statement", "sci_ocr": "ocr", "sci_caption": "caption", "to_caption": "caption",
+    "to_mermaid": "mermaid", "to_description": "description",
+}  # fmt: skip
 
 
 def find_task(name: str) -> Task:
