@@ -259,7 +259,7 @@ def roll_out(
             "date": time.strftime("%Y-%m-%d"),
             "hardware": hardware(),
             "versions": versions(),
-            "action_names": described.get("spec", {}).get("names", []),
+            "action_names": list(described.get("spec", {}).get("names", [])),
             "state_names": described.get("state_names", []),
             "tasks": results,
             "average_success_rate": sum(r["success_rate"] for r in results) / len(results) if episodes else None,
