@@ -17,7 +17,7 @@ EE_DELTA_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 STATE_PARTS = (("qpos", 9), ("tcp", 3), ("goal", 3))
 
 
-class NoVulkanDevice(RuntimeError):
+class NoVulkanDevice(ValueError):
     """Pictures cannot be rendered on this machine."""
 
 
@@ -64,7 +64,7 @@ class ManiSkillEnvironment:
                 **options,
             )
         except RuntimeError as error:
-            if "render" in str(error).lower() or "vulkan" in str(error).lower():
+            if any(sign in str(error).lower() for sign in ("render", "vulkan", "vk::")):
                 raise NoVulkanDevice(
                     f"no usable Vulkan device for rendering ({error}). Run scripts/setup.sh, which installs Mesa's "
                     "software driver; `headrace doctor` shows what is found."

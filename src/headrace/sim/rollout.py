@@ -19,6 +19,7 @@ from headrace.sim.success import SuccessRule
 from headrace.sim.tasks import Task, require_ready
 from headrace.sim.workers import Worker, WorkerFailed, ready
 
+START_UP = 900.0  # seconds; a loaded machine imports a simulator slowly
 EPISODES_FILE, RESULTS_FILE = "episodes.jsonl", "results.json"
 
 
@@ -97,7 +98,7 @@ class Rollout:
         count = min(self.settings.num_envs, len(waiting))
         workers = [Worker(self.task, rule=self.rule, keep_frames=True) for _ in range(count)]
         try:
-            self.described = workers[0].call("describe", timeout=self.settings.timeout)
+            self.described = self._describe(workers[0])
             if self.policy is not None:
                 require_same_spec(self.policy.spec, ActionSpec.from_dict(self.described["spec"]))
             slots = [_Slot(index, worker) for index, worker in enumerate(workers)]
@@ -107,6 +108,17 @@ class Rollout:
         finally:
             for worker in workers:
                 worker.close()
+
+    def _describe(self, worker: Worker) -> dict[str, Any]:
+        """What the environment declares; the first answer waits for the simulator to be imported and built.
+
+        Raises:
+            ValueError: The simulator cannot be started here; says why.
+        """
+        try:
+            return worker.call("describe", timeout=max(START_UP, self.settings.timeout))
+        except WorkerFailed as error:
+            raise ValueError(f"{self.task.name} cannot be started: {error}") from error
 
     def _begin(self, slot: _Slot, waiting: deque[tuple[int, int]]) -> bool:
         if not waiting:

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from headrace.sim.environment import InvalidAction
+from headrace.sim.tasks import find_task, make_environment
+
+pytestmark = pytest.mark.sim
+
+
+def test_no_vulkan_device_is_one_clear_error():
+    code = "import sys; from headrace.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "rollout", "random", "--task", "PushCube-v1", "--episodes", "1"]
+    nowhere = {"VK_DRIVER_FILES": "/dev/null", "VK_ICD_FILENAMES": "/dev/null"}
+    import os
+
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **nowhere})
+    assert done.returncode == 2
+    assert "no usable Vulkan device" in done.stderr and "scripts/setup.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_environment_declares_what_it_gives():
+    task = find_task("PickCube-v1")
+    from dataclasses import replace
+
+    environment = make_environment(replace(task, settings=(*task.settings, ("render", False))))
+    seen = environment.reset(3)
+    assert len(seen.state) == len(environment.state_names) == 15 and seen.instruction == task.instruction
+    goal = environment.base.goal_site.pose.p[0].numpy()
+    assert environment.spec.rate == 20 and environment.spec.dim == 7
+    assert np.abs(goal).max() > 0
+    with pytest.raises(InvalidAction, match="roll is nan"):
+        environment.step(np.array([0, 0, 0, np.nan, 0, 0, 1], np.float32))
+    with pytest.raises(InvalidAction, match=r"x is 2, outside its bounds \[-1, 1\]"):
+        environment.step(np.array([2, 0, 0, 0, 0, 0, 1], np.float32))
+    with pytest.raises(InvalidAction, match="needs 7 numbers"):
+        environment.step(np.zeros(3))
+    environment.close()
+
+
+@pytest.mark.render
+def test_the_goal_is_handed_out_beside_the_picture():
+    task = find_task("PickCube-v1")
+    environment = make_environment(task)
+    seen = environment.reset(3)
+    np.testing.assert_allclose(seen.state[-3:], environment.base.goal_site.pose.p[0].numpy(), atol=1e-6)
+    assert seen.images["base_camera"].shape == (224, 224, 3) and seen.images["base_camera"].std() > 10
+    moved = environment.step(np.array([1, 0, 0, 0, 0, 0, 1], np.float32)).observation
+    assert moved.state[9] > seen.state[9]  # +x moves the tool centre point along +x
+    environment.close()
