@@ -48,7 +48,8 @@ class ActionQueue:
         if period <= 0:
             raise ValueError(f"period must be above 0 s, got {period}")
         self.period = period
-        self._start, self._rows = 0.0, np.zeros((0, 0))
+        self._start = 0.0
+        self._rows: np.ndarray = np.zeros((0, 0))
         self._lock = threading.Lock()
 
     def merge(self, targets: np.ndarray, start: float, now: float) -> None:

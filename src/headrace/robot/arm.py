@@ -83,7 +83,7 @@ class MockArm:
     def __post_init__(self) -> None:
         self.spec = ActionSpec(names=self.joints, frame="joint", rotation="none", gripper="open_is_1", rate=self.rate)
         self.position = np.zeros(len(self.joints))
-        self.target = self.position.copy()
+        self.target: np.ndarray = self.position.copy()
         self._reads, self._moved = 0, time.perf_counter()
 
     def connect(self) -> None:

@@ -53,13 +53,13 @@ class Chain:
                 continuous or prismatic.
         """
         root = ElementTree.parse(path).getroot()
-        parents = {joint.find("child").get("link"): joint for joint in root.findall("joint")}
+        parents = {_attribute(joint, "child", "link"): joint for joint in root.findall("joint")}
         if end_link not in parents:
             raise ValueError(f"{path} has no link {end_link!r} with a joint above it; it has: {', '.join(parents)}")
         way, link = [], end_link
         while link in parents:
             way.append(parents[link])
-            link = parents[link].find("parent").get("link")
+            link = _attribute(parents[link], "parent", "link")
         joints, offset = [], np.eye(4)
         for joint in reversed(way):
             offset = offset @ _origin(joint)
@@ -156,21 +156,26 @@ class Chain:
         return np.concatenate([pose[:3, 3] - here[:3, 3], turn])
 
 
+def _attribute(joint: ElementTree.Element, child: str, name: str, default: str = "") -> str:
+    """Attribute `name` of the joint's child element, `default` where either is absent."""
+    found = joint.find(child)
+    return default if found is None else found.get(name, default)
+
+
 def _origin(joint: ElementTree.Element) -> np.ndarray:
-    pose, origin = np.eye(4), joint.find("origin")
-    if origin is not None:
-        pose[:3, 3] = [float(v) for v in origin.get("xyz", "0 0 0").split()]
-        pose[:3, :3] = Rotation.from_euler("xyz", [float(v) for v in origin.get("rpy", "0 0 0").split()]).as_matrix()
+    pose = np.eye(4)
+    pose[:3, 3] = [float(v) for v in _attribute(joint, "origin", "xyz", "0 0 0").split()]
+    angles = [float(v) for v in _attribute(joint, "origin", "rpy", "0 0 0").split()]
+    pose[:3, :3] = Rotation.from_euler("xyz", angles).as_matrix()
     return pose
 
 
 def _moving(joint: ElementTree.Element, offset: np.ndarray) -> Joint:
-    kind, name = joint.get("type"), joint.get("name")
+    kind, name = joint.get("type", ""), joint.get("name", "")
     if kind not in ("revolute", "continuous", "prismatic"):
         raise ValueError(f"joint {name!r} is of kind {kind!r}; fixed, revolute, continuous and prismatic are known")
-    given = joint.find("axis")
-    axis = np.array([float(v) for v in (given.get("xyz") if given is not None else "1 0 0").split()])
-    limit = joint.find("limit")
-    bounded = kind != "continuous" and limit is not None
-    low, high = (float(limit.get("lower", 0)), float(limit.get("upper", 0))) if bounded else (-np.inf, np.inf)
+    axis = np.array([float(v) for v in _attribute(joint, "axis", "xyz", "1 0 0").split()])
+    low, high = -np.inf, np.inf
+    if kind != "continuous" and joint.find("limit") is not None:
+        low, high = (float(_attribute(joint, "limit", end, "0")) for end in ("lower", "upper"))
     return Joint(name, offset, axis / np.linalg.norm(axis), kind == "prismatic", low, high)

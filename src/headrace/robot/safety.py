@@ -64,9 +64,17 @@ class SafetyLimits:
         box = data.get("workspace")
         return cls(
             joints=tuple(rows),
-            **{key: tuple(row[key] for row in rows.values()) for key in ("low", "high", "speed", "acceleration")},
-            workspace=tuple(tuple(float(v) for v in corner) for corner in box) if box else None,
+            low=tuple(row["low"] for row in rows.values()),
+            high=tuple(row["high"] for row in rows.values()),
+            speed=tuple(row["speed"] for row in rows.values()),
+            acceleration=tuple(row["acceleration"] for row in rows.values()),
+            workspace=(_corner(box[0]), _corner(box[1])) if box else None,
         )
+
+
+def _corner(numbers: list[float]) -> tuple[float, float, float]:
+    x, y, z = (float(number) for number in numbers)
+    return x, y, z
 
 
 class Bounded(NamedTuple):
@@ -153,9 +161,9 @@ class SafetyFilter:
             wanted = (inside - self.command) / self.period
         velocity = self._allowed(wanted, cut)
         command = np.clip(self.command + velocity * self.period, self._low, self._high)
-        if self.limits.workspace and self._leaves(command):
+        if self._outside(command) > 0:
             cut.append("workspace")
-            command = self._last_inside(command)
+            command = self._last_inside(self.command, command)
         self._velocity = (command - self.command) / self.period
         self.command = command
         return Bounded(command, tuple(cut))
@@ -178,25 +186,22 @@ class SafetyFilter:
         a, period = self._acceleration, self.period
         return a * (np.sqrt(period**2 + 2 * np.maximum(distance, 0) / a) - period)
 
-    def _leaves(self, command: np.ndarray) -> bool:
-        low, high = self.limits.workspace
-        here = self._gripper_at(command)
-        return bool(np.any(here < low) or np.any(here > high))
+    def _outside(self, joints: np.ndarray) -> float:
+        """How far the gripper is outside the workspace [m], 0 inside and where there is none."""
+        if self.limits.workspace is None or self._gripper_at is None:
+            return 0.0
+        low, high = (np.array(corner) for corner in self.limits.workspace)
+        here = self._gripper_at(joints)
+        return float(np.maximum(np.maximum(low - here, here - high), 0).max())
 
-    def _last_inside(self, command: np.ndarray) -> np.ndarray:
-        """The farthest point on the way from the present command to `command` that is inside the workspace.
+    def _last_inside(self, present: np.ndarray, command: np.ndarray) -> np.ndarray:
+        """The farthest point on the way from `present` to `command` that is inside the workspace.
 
         Outside already, the arm may move towards the inside: a step that brings the gripper nearer is let through.
         """
-        low, high = (np.array(corner) for corner in self.limits.workspace)
-
-        def outside(joints: np.ndarray) -> float:
-            here = self._gripper_at(joints)
-            return float(np.maximum(np.maximum(low - here, here - high), 0).max())
-
-        now = outside(self.command)
+        now = self._outside(present)
         for part in (1.0, 0.75, 0.5, 0.25):
-            there = self.command + part * (command - self.command)
-            if outside(there) <= 0 or outside(there) < now:
+            there = present + part * (command - present)
+            if self._outside(there) <= 0 or self._outside(there) < now:
                 return there
-        return self.command
+        return present
