@@ -100,6 +100,21 @@ def test_each_port_has_its_finger_friction_and_says_so(port, friction):
     scene.close()
 
 
+def test_the_state_is_the_controllers_pose_in_bridges_convention(stack):
+    from scipy.spatial.transform import Rotation
+
+    from headrace.sim.simpler_scene import DOWN
+
+    stack.reset(2)
+    stack.step(np.array([0.02, 0.01, 0.0, 0.2, -0.1, 0.3, 1]))
+    arm = stack.simulation.agent.controller.controllers["arm"]
+    pose = arm.ee_pose_at_base.sp
+    turn = Rotation.from_quat(np.roll(pose.q, -1)).as_matrix() @ DOWN.T
+    np.testing.assert_allclose(stack.state()[:3], pose.p, atol=1e-6)
+    np.testing.assert_allclose(stack.state()[3:6], Rotation.from_matrix(turn).as_euler("xyz"), atol=1e-5)
+    np.testing.assert_allclose(arm._hand(), arm.ee_pose_at_base.p, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_what_a_gpu_would_ask_agrees_with_the_contact_list(stack):
     """Impulse that target and fingers do not explain is there exactly when the list shows another contact."""

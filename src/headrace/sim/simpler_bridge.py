@@ -55,9 +55,16 @@ class AxisAngleController(PDEEPoseController):
     def compute_target_pose(self, prev_ee_pose_at_base: Pose, action: torch.Tensor) -> Pose:
         """Commanded pose after `action`, shape (B, 6): metres and radians."""
         turn = axis_angle_to_quaternion(action[:, 3:6])
-        here = self.ee_pose_at_base.p
+        here = self._hand()
         moved = here + action[:, :3] + quaternion_apply(turn, prev_ee_pose_at_base.p - here)
         return Pose.create_from_pq(moved, quaternion_multiply(turn, prev_ee_pose_at_base.q))
+
+    def _hand(self) -> torch.Tensor:
+        """Present gripper position in the base frame, shape (B, 3); on the CPU without a detour over batched poses."""
+        if self.scene.gpu_sim_enabled:
+            return self.ee_pose_at_base.p
+        pose = self.articulation._objs[0].pose.inv() * self.ee_link._objs[0].entity.pose
+        return torch.from_numpy(pose.p)[None]
 
 
 @dataclass
@@ -226,6 +233,8 @@ class RestoredScene(UnsharedScene):
         pressed = []
         for finger, sign in ((self.agent.finger1_link, 1.0), (self.agent.finger2_link, -1.0)):
             impulse = self.scene.get_pairwise_contact_impulses(finger, self.objs[self.source_obj_name])
+            if not (torch.linalg.norm(impulse, dim=-1) >= GRASP_IMPULSE).any():
+                return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
             opening = sign * finger.pose.to_transformation_matrix()[..., :3, 1]
             angle = torch.rad2deg(common.compute_angle_between(opening, impulse))
             pressed.append((torch.linalg.norm(impulse, dim=-1) >= GRASP_IMPULSE) & (angle <= GRASP_ANGLE))

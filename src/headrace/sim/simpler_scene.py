@@ -223,14 +223,14 @@ class SimplerScene:
 
     def state(self) -> np.ndarray:
         """Proprioception as Bridge V2 records it, float32 (7,): see `STATE_NAMES`."""
-        from scipy.spatial.transform import Rotation
-
-        agent = self.simulation.agent
-        pose = agent.controller.controllers["arm"].ee_pose_at_base.sp
-        turn = Rotation.from_quat(np.roll(pose.q, -1)).as_matrix() @ DOWN.T
-        fingers = float(agent.robot.get_qpos()[0, -2:].mean())
-        opening = np.clip((fingers - 0.015) / (0.037 - 0.015), 0.0, 1.0)
-        return np.concatenate([pose.p, Rotation.from_matrix(turn).as_euler("xyz"), [opening]]).astype(np.float32)
+        robot = self.simulation.agent.robot._objs[0]
+        link = self.simulation.agent.controller.controllers["arm"].ee_link._objs[0]
+        pose = (robot.pose.inv() * link.entity.pose).to_transformation_matrix()
+        turn = pose[:3, :3] @ DOWN.T
+        roll, pitch = np.arctan2(turn[2, 1], turn[2, 2]), np.arcsin(np.clip(-turn[2, 0], -1.0, 1.0))
+        yaw = np.arctan2(turn[1, 0], turn[0, 0])
+        opening = np.clip((robot.qpos[-2:].mean() - 0.015) / (0.037 - 0.015), 0.0, 1.0)
+        return np.array([*pose[:3, 3], roll, pitch, yaw, opening], dtype=np.float32)
 
     def close(self) -> None:
         """Free the simulation."""
