@@ -17,6 +17,8 @@ Kind = Literal["independent", "exact", "sinkhorn", "gibbs"]
 ConditionMode = Literal["block", "c2ot", "biased"]
 Cost = Literal["distance", "squared"]
 LEAST_EFFECTIVE_SHARE = 0.3
+# One batch's share scatters around its mean, and a run must not end by chance, so a batch is refused only below this.
+LEAST_SHARE_OF_A_BATCH = 0.15
 
 
 class BiasedCoupling(ValueError):
@@ -250,10 +252,10 @@ class Coupling:
     def _gibbs(self, noise: Tensor, data: Tensor) -> Tensor:
         weight = gibbs_weights(noise, data, epsilon=self.epsilon or 0.0)
         share = 1.0 / weight.square().mean().item()
-        if share < LEAST_EFFECTIVE_SHARE:
+        if share < LEAST_SHARE_OF_A_BATCH:
             raise ValueError(
                 f"epsilon={self.epsilon} leaves an effective share of {share:.2f} of the batch, below "
-                f"{LEAST_EFFECTIVE_SHARE}: a few pairs decide everything. Raise epsilon (see choose_epsilon)"
+                f"{LEAST_SHARE_OF_A_BATCH}: a few pairs decide everything. Raise epsilon (see choose_epsilon)"
             )
         return weight
 
