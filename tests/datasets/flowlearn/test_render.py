@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from headrace.datasets.flowlearn import render_mermaid
 from headrace.datasets.flowlearn.generate import make_chart
 from headrace.datasets.flowlearn.render import FILL, colour, draw_red_box, open_renderer
 from headrace.datasets.flowlearn.render_mermaid import mermaid_is_here
@@ -65,3 +66,14 @@ def test_the_red_box_surrounds_one_node(renderer):
 def test_unknown_renderer_is_named():
     with pytest.raises(ValueError, match="unknown renderer 'paint'"):
         open_renderer("paint")
+
+
+def test_auto_falls_back_with_a_warning(monkeypatch):
+    def broken():
+        raise FileNotFoundError("npm could not install mermaid")
+
+    monkeypatch.setattr(render_mermaid, "MermaidRenderer", broken)
+    monkeypatch.setattr(render_mermaid, "mermaid_is_here", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="Mermaid cannot be used"):
+        assert open_renderer("auto").name.startswith("pillow")

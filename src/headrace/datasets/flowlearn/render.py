@@ -1,6 +1,7 @@
 """Charts to pictures. Three renderers with one interface: Mermaid in Chromium, Graphviz, and a plain Pillow one."""
 
 import shutil
+import warnings
 from typing import Literal, NamedTuple, Protocol
 
 from PIL import Image, ImageDraw
@@ -50,11 +51,21 @@ def open_renderer(name: RendererName = "auto") -> Renderer:
     from headrace.datasets.flowlearn.render_pillow import PillowRenderer
 
     if name == "auto":
-        name = "mermaid" if mermaid_is_here() else "graphviz" if shutil.which("dot") else "pillow"
+        return _first_that_opens(mermaid=mermaid_is_here(), graphviz=shutil.which("dot") is not None)
     classes = {"mermaid": MermaidRenderer, "graphviz": GraphvizRenderer, "pillow": PillowRenderer}
     if name not in classes:
         raise ValueError(f"unknown renderer {name!r} (known: auto, {', '.join(classes)})")
     return classes[name]()
+
+
+def _first_that_opens(*, mermaid: bool, graphviz: bool) -> Renderer:
+    """Mermaid if it opens; a failure to fetch or start it is told by a warning and the next one is taken."""
+    if mermaid:
+        try:
+            return open_renderer("mermaid")
+        except (FileNotFoundError, RuntimeError, OSError) as error:
+            warnings.warn(f"Mermaid cannot be used ({error}); drawing otherwise, see the manifest", stacklevel=3)
+    return open_renderer("graphviz" if graphviz else "pillow")
 
 
 def with_boxes(graph: Graph, boxes: dict[str, tuple[float, ...]]) -> Graph:

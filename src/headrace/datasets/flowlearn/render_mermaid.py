@@ -75,17 +75,14 @@ def install_mermaid() -> Path:
         )
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        npm,
-        "install",
-        "--prefix",
-        str(folder),
-        "--ignore-scripts",
-        "--no-audit",
-        "--no-fund",
-        f"mermaid@{VERSION}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=30000"]
+    command = [npm, "install", "--prefix", str(folder), *options, f"mermaid@{VERSION}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired as error:
+        raise FileNotFoundError(
+            f"npm did not fetch mermaid {VERSION} within 5 minutes; set HEADRACE_MERMAID_JS"
+        ) from error
     found = find_mermaid()
     if done.returncode or not found:
         raise FileNotFoundError(f"npm could not install mermaid {VERSION}: {done.stderr.strip()[-400:]}")
