@@ -144,7 +144,9 @@ class StageLoss:
             text = text_tokenizer_loss(model, ids, generator=generator)
             return {"total": text.total, "words": text.words, "kl": text.kl, "accuracy": text.accuracy}
         with torch.no_grad():
-            tokens = model.encode(batch.images)
+            posterior = model.posterior(batch.images)
+            noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
+            tokens = posterior.sample(noise) * model.scale
         if self.stage == "image-to-text":
             return {"total": image_to_text_loss(model, tokens, ids, generator=generator)}
         flow = text_to_image_loss(model, ids, tokens, generator=generator)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def golden(request):
     assert set(tensors) == set(info["entries"])
     prefix = "state_dict/"
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    model = model_from_official(state, heads=info["config"]["num_attention_heads"])
+    model = model_from_official(state, heads=info["config"].get("num_attention_heads", 0))
     return info["config"], tensors, state, model
 
 
@@ -39,21 +40,29 @@ def close(got, wanted):
 def test_sizes_read_from_the_shapes_are_the_published_ones(golden):
     config, _, _, model = golden
     ours = model.config
-    assert ours.encoder.image_size == config["image_size"]
-    assert ours.encoder.width == config["vit_hidden_size"]
-    assert ours.encoder.depth == config["num_hidden_layers"]
-    assert ours.encoder.width * ours.encoder.mlp_ratio == config["intermediate_size"]
-    assert ours.latent_channels == config["latent_ch"]
-    assert ours.global_depth == config["global_blocks_depth"]
-    assert ours.flow_depth == config["num_decoder_layers"]
+    read = {
+        "image_size": ours.encoder.image_size,
+        "vit_hidden_size": ours.encoder.width,
+        "num_hidden_layers": ours.encoder.depth,
+        "intermediate_size": ours.encoder.width * ours.encoder.mlp_ratio,
+        "latent_ch": ours.latent_channels,
+        "global_blocks_depth": ours.global_depth,
+        "num_decoder_layers": ours.flow_depth,
+    }
+    assert set(read) & set(config)
+    assert {k: v for k, v in read.items() if k in config} == {k: v for k, v in config.items() if k in read}
 
 
 @torch.no_grad()
 def test_every_block_output_is_the_official_one(golden):
     _, tensors, _, model = golden
     layers, last = model.hidden(tensors["in/pixel_values"])
-    for index, layer in enumerate(layers, start=1):
-        close(layer, tensors[f"out/hidden_states/{index}"][:, 1:])
+    stored = {int(k.rsplit("/", 1)[1]): v for k, v in tensors.items() if k.startswith("out/hidden_states/")}
+    if not stored:
+        pytest.skip("this set stores no block outputs")
+    for index, wanted in stored.items():
+        if index:  # 0 is the embedding
+            close(layers[index - 1], wanted[:, 1:])
     close(last, layers[-1])
 
 
@@ -66,16 +75,19 @@ def test_latents(golden):
 @torch.no_grad()
 def test_velocity(golden):
     _, tensors, _, model = golden
+    if "in/net/xt" not in tensors:
+        pytest.skip("this set stores no call of the flow head")
     got = model.flow_head(tensors["in/net/xt"], tensors["in/net/t"], tensors["in/net/c"])
     close(got, tensors["out/net/v"])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps", [1, 4])
-def test_reconstruction_from_the_same_noise(golden, steps):
+def test_reconstructions_from_the_same_noise(golden):
     _, tensors, _, model = golden
-    got = model.decode(tensors["out/latent"], steps=steps, noise=tensors["in/noise"])
-    close(got, tensors[f"out/recon_{steps}step"])
+    stored = {int(m[1]): v for k, v in tensors.items() if (m := re.match(r"out/recon_(\d+)step$", k))}
+    assert stored
+    for steps, wanted in stored.items():
+        close(model.decode(tensors["out/latent"], steps=steps, noise=tensors["in/noise"]), wanted)
 
 
 def test_export_gives_back_the_official_tensors(golden):

@@ -41,6 +41,7 @@ def test_wide_grids_pass_through_and_need_the_grid_back(model):
     latents = model.encode(wide)
     assert latents.shape == (1, 72, 32)
     assert model.decode(latents, grid=(6, 12)).shape == wide.shape
+    assert model.reconstruct(wide).shape == wide.shape
     with pytest.raises(ValueError, match=r"72 tokens are no square"):
         model.decode(latents)
     with pytest.raises(ValueError, match=r"72 tokens do not fill a grid of 8 x 8"):

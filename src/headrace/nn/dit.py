@@ -78,7 +78,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        hidden = int(width * mlp_ratio)
+        hidden = round(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
         self.modulation = nn.Linear(width, 6 * width)
 

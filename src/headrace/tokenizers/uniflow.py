@@ -65,7 +65,7 @@ class UniFlow(Tokenizer):
         self.flow_head = PatchFlow(config.flow_head)
         for part in (self.to_latent, self.from_latent, self.global_blocks):
             part.apply(_truncated_normal)
-        self.register_buffer("latent_count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("latent_count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels, dtype=torch.float64))
         self.register_buffer("latent_square", torch.ones(config.latent_channels, dtype=torch.float64))
 
@@ -208,6 +208,12 @@ class UniFlow(Tokenizer):
         times = power_grid(steps if steps is not None else self.config.steps, self.config.schedule_power)
         patches = integrate(lambda x, t: self.flow_head(x, t, condition), noise, grid=times)
         return unpatchify(patches.reshape(batch, count, length), grid) / self.config.target_scale
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Images of any grid through encoder and decoder, clamped to the range of `preprocessing`."""
+        grid = self.grid_of(images)
+        return self.decode(self.encode(images), grid=grid).clamp(self.preprocessing.low, self.preprocessing.high)
 
     def _square(self, count: int) -> Grid:
         side = round(count**0.5)

@@ -80,13 +80,15 @@ def official_config(state: dict[str, Tensor], *, heads: int = 0) -> UniFlowConfi
     width, _, patch, _ = shape("embeddings.patch_embedding.weight")
     tokens = shape("global_block_pos_embed")[1]
     flow_width = shape("flow_head.net.input_proj.weight")[0]
+    hidden = shape("encoder.layers.0.mlp.fc1.weight")[0]
+    ratio = hidden / width
     encoder = ViTConfig(
         image_size=round(tokens**0.5) * patch,
         patch=patch,
         width=width,
         depth=depth("encoder.layers."),
         heads=heads or max(1, width // 64),
-        mlp_ratio=shape("encoder.layers.0.mlp.fc1.weight")[0] / width,
+        mlp_ratio=ratio if int(width * ratio) == hidden else (hidden + 0.5) / width,  # timm rounds down
     )
     return UniFlowConfig(
         encoder=encoder,
@@ -119,7 +121,10 @@ def load_official(source: str | os.PathLike[str], *, heads: int = 0, dtype: torc
     path = Path(source)
     if not path.is_file():
         path = resolve_folder(source) / "model.safetensors"
-    return model_from_official(read_weights(path), heads=heads, what=str(path)).to(dtype)
+    model = model_from_official(read_weights(path), heads=heads, what=str(path))
+    for parameter in model.parameters():  # not the latent statistics, which half precision would spoil
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def model_from_official(state: dict[str, Tensor], *, heads: int = 0, what: str = "the given state") -> UniFlow:
