@@ -45,6 +45,14 @@ def test_padding_changes_nothing(relay):
     torch.testing.assert_close(entropy_ratio(alone.attention), entropy_ratio(together.attention, mask))
 
 
+def test_a_cls_token_that_attends_to_itself_alone_says_nothing_about_patches():
+    q, k, v = qkv()
+    q[:, :, 0], k[:, :, 0], k[:, :, 1:] = 100.0, 100.0, -100.0  # exp underflows for every patch
+    found = evidence(q, k, v, scaling=1.0)
+    assert torch.isfinite(fused_score(found)).all()
+    torch.testing.assert_close(entropy_ratio(found.attention), torch.ones(2))
+
+
 def test_entropy_ratio_of_known_rows():
     one_hot = torch.zeros(1, 64, dtype=torch.float16)
     one_hot[0, 3] = 1

@@ -105,8 +105,9 @@ def evidence(
 
 
 def normalised(row: Tensor) -> Tensor:
-    """Scale (B, N) to sum 1 over N."""
-    return row / row.sum(-1, keepdim=True)
+    """Scale (B, N) to sum 1 over N; a row of zeros, where CLS took all of the softmax, becomes uniform."""
+    total = row.sum(-1, keepdim=True)
+    return torch.where(total > 0, row / total, 1 / row.shape[-1])
 
 
 def fused_score(found: Evidence, criteria: tuple[Criterion, ...] = ("attention", "semantic", "density")) -> Tensor:
