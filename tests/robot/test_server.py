@@ -279,6 +279,17 @@ def test_a_browser_page_may_not_connect(served):
         connect(served[2], origin="http://evil.example")
 
 
+def test_more_clients_than_allowed_are_turned_away():
+    with background(Echo(), ServerConfig(port=0, max_clients=1)) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        with connect(url) as first:
+            first.recv()
+            with pytest.raises(WebSocketException):
+                connect(url)
+            first.send(pack({"state": np.ones(1)}))
+            assert unpack(first.recv(timeout=5))["actions"].shape == (4, 3)
+
+
 def test_a_taken_port_is_named(served):
     with pytest.raises(ValueError, match="is taken"), background(Echo(), ServerConfig(port=served[1].port)):
         pass
