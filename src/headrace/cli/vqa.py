@@ -104,7 +104,8 @@ class _Bar:
         from tqdm import tqdm
 
         self.bar = tqdm(total=total, unit="question", file=sys.stderr)
-        self.sum, self.pictures = 0.0, set()
+        self.sum = 0.0
+        self.pictures: set[str] = set()
 
     def __enter__(self) -> "_Bar":
         return self

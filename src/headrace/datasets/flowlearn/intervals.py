@@ -34,7 +34,7 @@ class PairedDifference(NamedTuple):
     better: int
     worse: int
     p_value: float
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 def wilson(successes: float, count: int) -> Interval:

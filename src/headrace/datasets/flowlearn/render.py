@@ -52,7 +52,11 @@ def open_renderer(name: RendererName = "auto") -> Renderer:
 
     if name == "auto":
         return _first_that_opens(mermaid=mermaid_is_here(), graphviz=shutil.which("dot") is not None)
-    classes = {"mermaid": MermaidRenderer, "graphviz": GraphvizRenderer, "pillow": PillowRenderer}
+    classes: dict[str, type[Renderer]] = {
+        "mermaid": MermaidRenderer,
+        "graphviz": GraphvizRenderer,
+        "pillow": PillowRenderer,
+    }
     if name not in classes:
         raise ValueError(f"unknown renderer {name!r} (known: auto, {', '.join(classes)})")
     return classes[name]()

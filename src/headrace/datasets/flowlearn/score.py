@@ -51,7 +51,7 @@ class Score(NamedTuple):
 
     score: float
     interval: Interval
-    count: int
+    count: int  # type: ignore[assignment]
     unparsed: int
     parts: dict[str, tuple[float, Interval]]
 
