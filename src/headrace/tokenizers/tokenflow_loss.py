@@ -117,8 +117,9 @@ class TokenFlowTraining(nn.Module):
         made = model.decode_pixels(quantized.features).float()
         terms["pixel"] = F.mse_loss(made, images)
         terms["perceptual"] = self.perceptual(made, images).mean()
-        active = bool(self.steps >= config.adversarial_start)
-        if active:
+        # Terms are there, as zeros, before the critic starts: a log keeps the same columns.
+        terms["adversarial"] = terms["critic"] = made.new_zeros(())
+        if self.steps >= config.adversarial_start:
             terms["adversarial"] = -without_gradient_to(self.critic, made).mean()
             terms["critic"] = hinge_loss(self.critic(images), self.critic(made.detach()))
         self.latest = (quantized.codes.detach(), quantized.queries)
