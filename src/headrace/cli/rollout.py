@@ -42,7 +42,7 @@ def rollout(
         num_envs: Simulator processes.
         out: Results folder; runs/POLICY-DATE by default.
         solver: How the flow is followed.
-        steps: Equal solver steps (10 if neither this nor GRID is given).
+        steps: Equal solver steps; without this and GRID, as saved with the checkpoint, else 10.
         grid: JSON file with a step grid, as BOSS writes it.
         execute: Actions of a chunk that are carried out before the policy is asked again; half of them by default.
         ensemble: Ask at every step and average overlapping chunks.
@@ -110,8 +110,6 @@ def settings_of(**chosen: Any) -> dict[str, Any]:
     if chosen["grid"] is not None:
         data = json.loads(Path(chosen["grid"]).read_text())
         chosen["grid"] = data["grid"] if isinstance(data, dict) else data
-    elif chosen["steps"] is None:
-        chosen["steps"] = 10
     return {key: value for key, value in chosen.items() if value not in (None, False)}
 
 
@@ -141,7 +139,9 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
     from headrace.robot.policy import load_policy
 
     grid = tuple(chosen["grid"]) if "grid" in chosen else None
-    solver = SolverSettings(method=chosen["solver"], steps=chosen.get("steps"), grid=grid)
+    asked = grid is not None or "steps" in chosen or chosen["solver"] != "euler"
+    steps = chosen.get("steps") or (None if grid else 10)
+    solver = SolverSettings(method=chosen["solver"], steps=steps, grid=grid) if asked else None
     policy = load_policy(name, solver=solver, precision=chosen["precision"])
     if "ensemble" in chosen:
         return TemporalEnsemble(policy)

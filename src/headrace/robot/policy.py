@@ -9,6 +9,8 @@ import torch
 
 from headrace.contracts import ActionChunk, ActionSpec, Observation
 from headrace.flow.solver import SolverSettings
+from headrace.flow.step_grid import settings_for
+from headrace.nn.pretrained import resolve_folder
 from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
 
 
@@ -135,11 +137,18 @@ def settle(actions: np.ndarray, spec: ActionSpec) -> np.ndarray:
     return clipped
 
 
-def load_policy(source: str, **options: Any) -> FlowPolicy:
-    """A policy from a checkpoint folder or hub id; `options` go to `FlowPolicy`.
+def load_policy(source: str, *, solver: SolverSettings | None = None, **options: Any) -> FlowPolicy:
+    """A policy from a checkpoint folder or hub id.
+
+    Args:
+        source: Folder or hub id.
+        solver: How the flow is followed; by default as the grid saved with the checkpoint says, else ten Euler steps.
+        options: Go to `FlowPolicy`.
 
     Raises:
         FileNotFoundError: No such folder or hub id.
-        ValueError: Not a policy's folder, a truncated file, or a checkpoint without statistics.
+        ValueError: Not a policy's folder, a truncated file, or a checkpoint that was straightened for another grid.
     """
-    return FlowPolicy(VipraPolicy.from_pretrained(source), **options)
+    folder = resolve_folder(source)
+    model = VipraPolicy.from_pretrained(folder)
+    return FlowPolicy(model, solver=settings_for(folder, solver), **options)
