@@ -71,12 +71,30 @@ class ActionDecoder(nn.Module):
         config = self.config
         expect_shape("noisy", noisy, (None, config.horizon, config.action_dim))
         expect_shape("t", t, (noisy.shape[0],))
-        scale, longest = PERIODS[config.time_features]
-        time = sinusoid_features(t.float(), config.width // 2, scale=scale, max_period=longest)
+        time = self.time(t)
         action = self.action_in(noisy)
         both = torch.cat((time[:, None].expand(-1, config.horizon, -1).to(action), action), -1)
         return self.out(nn.functional.silu(self.mix(both)))
 
+    def time(self, t: Tensor) -> Tensor:
+        """Cosines, then sines, of times (B,), shape (B, D / 2).
+
+        The paper's last period is exactly the longest one; openpi's here ends one ratio before it.
+        """
+        features = self.config.width // 2
+        scale, longest = PERIODS[self.config.time_features]
+        if self.config.time_features == "paper":
+            pairs = features // 2
+            longest = longest ** (pairs / max(pairs - 1, 1))
+        return sinusoid_features(t.float(), features, scale=scale, max_period=longest)
+
     def velocity(self, hidden: Tensor) -> Tensor:
         """Velocities in float32, shape (B, H, A), from hidden states at the action positions, shape (B, H, D)."""
         return self.velocity_out(hidden).float()
+
+
+def time_in_paper_order(mix: Tensor) -> Tensor:
+    """Columns of the official second linear map in our order, shape (D, D): theirs are actions, sines, cosines."""
+    quarter = mix.shape[1] // 4
+    action, sines, cosines = mix.split((2 * quarter, quarter, quarter), 1)
+    return torch.cat((cosines, sines, action), 1)

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from headrace.nn.optical_flow import LucasKanade
+from headrace.robot.latent_action import LatentActions, Prediction
+from headrace.robot.latent_action_loss import (
+    LatentActionLoss,
+    LatentActionLossConfig,
+    LossSchedule,
+    flow_consistency,
+    pixel_loss,
+)
+
+SMOOTH = torch.nn.functional.interpolate(
+    torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(0)), size=(40, 40), mode="bicubic"
+).clamp(0, 1)[0]
+
+
+def moving(step, frames=4):
+    """A texture that moves `step` px to the left per frame, shape (1, T, 3, 32, 32)."""
+    return torch.stack([SMOOTH[:, 4:36, k * step : k * step + 32] for k in range(frames)])[None]
+
+
+def predicted(frames):
+    none = torch.zeros(())
+    return Prediction(frames, LatentActions(none, none, none))
+
+
+def test_the_published_schedule():
+    schedule = LossSchedule()
+    assert [schedule.at(step) for step in (0, 59_999, 60_000, 70_000, 300_000)] == [0, 0, 0, 0.1, 0.1]
+    assert schedule.at(65_000) == pytest.approx(0.05)
+    assert LossSchedule(start=5, ramp=0, weight=1.0).at(5) == 1.0
+
+
+def test_flow_consistency_is_0_on_equal_clips_and_the_speed_on_a_still_one():
+    estimate = LucasKanade(levels=2)
+    clip = moving(1)
+    assert flow_consistency(estimate, clip, clip) == 0
+    still = clip[:, :1].expand_as(clip)
+    # one px to the left and none downwards: half of the mean over two channels
+    assert flow_consistency(estimate, still, clip) == pytest.approx(0.5, abs=0.1)
+
+
+def test_flow_consistency_sends_gradients_and_skips_padding():
+    estimate = LucasKanade(levels=2, steps=2)
+    clip = moving(1)
+    other = moving(2).requires_grad_()
+    valid = torch.tensor([[True, True, True, False]])
+    flow_consistency(estimate, other, clip, valid).backward()
+    assert other.grad[:, 0].abs().sum() > 0 and other.grad[:, 3].abs().sum() == 0
+    assert flow_consistency(estimate, other, clip, torch.zeros(1, 4, dtype=torch.bool)) == 0
+
+
+def test_padding_is_not_scored():
+    a, b = torch.zeros(1, 3, 3, 2, 2), torch.ones(1, 3, 3, 2, 2)
+    b[:, 2] = 100
+    assert pixel_loss(a, b, torch.tensor([[True, True, False]])) == 1
+    assert pixel_loss(a, b, torch.tensor([[True, False, False]]), distance="mse") == 1
+
+
+def test_every_enabled_term_changes_the_gradient():
+    config = LatentActionLossConfig(perceptual=0.5, flow=LossSchedule(start=2, ramp=2, weight=1.0))
+    loss = LatentActionLoss(
+        config, perceptual=lambda a, b: (a - b).square().mean((1, 2, 3)), estimate=LucasKanade(levels=2, steps=2)
+    )
+    clip = torch.cat((moving(1)[:, :1], moving(1)), 1)
+    gradients = []
+    for step in (0, 3, 4):
+        frames = moving(2).requires_grad_()
+        terms = loss(predicted(frames), clip, step=step)
+        assert ("flow" in terms) == (step > 2)
+        parts = terms["pixels"] + 0.5 * terms["perceptual"] + config.flow.at(step) * terms.get("flow", 0)
+        torch.testing.assert_close(terms["total"], parts)
+        terms["total"].backward()
+        gradients.append(frames.grad)
+    plain = moving(2).requires_grad_()
+    pixel_loss(plain, clip[:, 1:]).backward()
+    assert not torch.allclose(plain.grad, gradients[0])
+    assert not torch.allclose(gradients[0], gradients[1]) and not torch.allclose(gradients[1], gradients[2])
+
+
+def test_a_weight_without_its_network_is_refused():
+    with pytest.raises(ValueError, match=r"perceptual term has weight .* and has no network"):
+        LatentActionLoss(LatentActionLossConfig(), estimate=LucasKanade())
+    with pytest.raises(ValueError, match=r"flow term has weight 0"):
+        LatentActionLoss(LatentActionLossConfig(perceptual=0, flow=LossSchedule(weight=0.0)), estimate=LucasKanade())
