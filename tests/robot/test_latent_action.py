@@ -48,7 +48,8 @@ def test_a_later_frame_changes_earlier_codes_but_no_earlier_prediction(clip):
     assert not torch.allclose(rows[:, 0], changed[:, 0])
     vectors = model.encode(clip).vectors
     before, after = model.decode(clip, vectors[:, [0, 1, 2, 2]]), model.decode(other, vectors[:, [0, 1, 2, 2]])
-    assert torch.equal(before[:, :3], after[:, :3]) and not torch.equal(before[:, 3], after[:, 3])
+    torch.testing.assert_close(before[:, :3], after[:, :3])
+    assert not torch.allclose(before[:, 3], after[:, 3])
 
 
 def test_rollout_begins_as_one_step_and_feeds_itself(clip):
@@ -68,7 +69,7 @@ def test_rollout_begins_as_one_step_and_feeds_itself(clip):
     [
         {"quantizer": VectorConfig(codes=4, width=6)},
         {"quantizer": VectorConfig(codes=4, width=6, decay=None), "reduction": "queries", "tokens": 3},
-        {"quantizer": FiniteScalarConfig(levels=(3, 2), width=6), "differences": True},
+        {"quantizer": FiniteScalarConfig(levels=(3, 3), width=6), "differences": True},
         {"target": "features", "reduction": "queries"},
     ],
     ids=["ema", "queries", "scalar-differences", "features"],
@@ -115,7 +116,7 @@ def test_published_sizes():
     assert millions(model.encoder.blocks) == pytest.approx(66, abs=1)
     assert millions(model.decoder.blocks) == pytest.approx(136, abs=1)
     assert millions(model.encoder.features) == pytest.approx(86.6, abs=0.5)
-    assert millions(tiny) == pytest.approx(4.45, abs=0.15)
+    assert millions(tiny) == pytest.approx(4.15, abs=0.1)
     assert model.config.grid == (16, 16)
 
 

@@ -94,7 +94,7 @@ class ActionDecoder(nn.Module):
 
 
 def time_in_paper_order(mix: Tensor) -> Tensor:
-    """Columns of the official second linear map in our order, shape (D, D): theirs are actions, sines, cosines."""
+    """Columns of the official second linear map in our order, shape (D, D): theirs are sines, cosines, actions."""
     quarter = mix.shape[1] // 4
-    action, sines, cosines = mix.split((2 * quarter, quarter, quarter), 1)
+    sines, cosines, action = mix.split((quarter, quarter, 2 * quarter), 1)
     return torch.cat((cosines, sines, action), 1)

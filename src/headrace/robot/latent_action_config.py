@@ -82,7 +82,7 @@ class LatentActionConfig:
 
     @classmethod
     def tiny(cls, *, image_size: int = 64) -> Self:
-        """Frames of 64 px in patches of 8, about 4.5 million parameters, four tokens of eight codes."""
+        """Frames of 64 px in patches of 8, about 4.1 million parameters, four tokens of eight codes."""
         shape = {"width": 192, "heads": 4, "head_width": 32}
         return cls(
             image_size=image_size,

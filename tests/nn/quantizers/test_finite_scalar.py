@@ -7,13 +7,13 @@ from headrace.nn.quantizers.finite_scalar import FiniteScalar, FiniteScalarConfi
 
 def test_every_code_can_be_met_and_looked_up():
     torch.manual_seed(0)
-    levels = (4, 3, 2)
+    levels = (4, 3, 5)
     fsq = FiniteScalar(FiniteScalarConfig(levels=levels, width=3)).train()
     fsq.inp.weight.data.copy_(torch.eye(3))
     fsq.inp.bias.data.zero_()
     grid = torch.tensor(list(itertools.product(*[torch.linspace(-4, 4, 41).tolist()] * 3)))
     result = fsq(grid)
-    assert fsq.codes == 24 and set(result.codes.tolist()) == set(range(24))
+    assert fsq.codes == 60 and set(result.codes.tolist()) == set(range(60))
     torch.testing.assert_close(result.rows, fsq.lookup(result.codes))
     assert fsq.usage.sum() == len(grid)
 

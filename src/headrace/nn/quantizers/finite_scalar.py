@@ -17,16 +17,17 @@ class FiniteScalarConfig:
     """Levels of each number.
 
     Attributes:
-        levels: Levels per number, each at least 2; there are as many codes as their product.
+        levels: Levels per number, each at least 3, as with 2 the published shift makes one of them hardly ever
+            met; there are as many codes as their product.
         width: Numbers of the rows outside; linear maps lead to the few inside and back.
     """
 
-    levels: tuple[int, ...] = (4, 2)
+    levels: tuple[int, ...] = (3, 3)
     width: int = 32
 
     def __post_init__(self) -> None:
-        if not self.levels or min(self.levels) < 2:
-            raise ValueError(f"levels must hold at least one number, each at least 2, got {self.levels}")
+        if not self.levels or min(self.levels) < 3:
+            raise ValueError(f"levels must hold at least one number, each at least 3, got {self.levels}")
         if self.width < 1:
             raise ValueError(f"width must be at least 1, got {self.width}")
 
