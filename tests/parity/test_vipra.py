@@ -181,7 +181,7 @@ def test_samples(golden, head, method):
             lambda x, s: head.velocity(head.embed(x, s)),
             t["flow/in/noise"],
             steps=size["flow"]["steps"],
-            method="midpoint" if method == "rk2" else "euler",
+            method="heun" if method == "rk2" else "euler",
         )
     close(sample, t[f"flow/out/sample_{method}"])
 
