@@ -127,6 +127,7 @@ class Pretrained(nn.Module):
     """
 
     Config: ClassVar[type]
+    config: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__()

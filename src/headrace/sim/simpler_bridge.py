@@ -1,3 +1,4 @@
+# mypy: disable-error-code="attr-defined,misc"
 """ManiSkill's port of the four Bridge tasks, and subclasses that restore what the port changed.
 
 Restored, each as in simpler-env/ManiSkill2_real2sim @ef7a4d4: finger friction (agents/configs/widowx/defaults.py),
