@@ -187,6 +187,7 @@ def test_histogram_counts_every_value():
 
 PROBE = """(async () => {
   const outcomes = [];
+  if (document.readyState !== 'complete') await new Promise(done => addEventListener('load', done));
   for (const video of document.querySelectorAll('video')) {
     video.closest('details').open = true;
     await video.play();
@@ -236,4 +237,5 @@ def test_videos_play_in_chromium(results, tmp_path):
     page = write_report(results)
     with browser_page(page.as_uri(), tmp_path / "profile") as call:
         answer = call("Runtime.evaluate", expression=PROBE, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]["exception"].get("description")
         assert answer["result"].get("value") == " ".join(["played"] * 6) + "; hidden 2"
