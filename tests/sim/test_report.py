@@ -187,7 +187,6 @@ def test_histogram_counts_every_value():
 
 PROBE = """(async () => {
   const outcomes = [];
-  if (document.readyState !== 'complete') await new Promise(done => addEventListener('load', done));
   for (const video of document.querySelectorAll('video')) {
     video.closest('details').open = true;
     await video.play();
@@ -225,6 +224,11 @@ def browser_page(url, profile):
                     continue
                 return answer["result"]
 
+            # A new browser shows about:blank first; what runs there would speak about the wrong page.
+            here = "document.readyState + ' ' + location.href"
+            while call("Runtime.evaluate", expression=here)["result"].get("value") != f"complete {url}":
+                assert time.monotonic() < until, "the page did not load"
+                time.sleep(0.05)
             yield call
     finally:
         process.terminate()
