@@ -24,10 +24,18 @@ def vulkan_device() -> str | None:
         "print('@' + sapien.render.get_device_summary())"
     )
     probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    if probe.returncode != 0:
-        return None
-    lines = probe.stdout.partition("@")[2].splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.strip().lower().startswith("name")]
+    return device_name(probe.stdout.partition("@")[2]) if probe.returncode == 0 else None
+
+
+def device_name(summary: str) -> str:
+    """The device that renders in SAPIEN's summary, whose blocks begin `GPU: name`; the first one that is supported."""
+    names = []
+    for line in summary.splitlines():
+        key, _, value = line.strip().partition(":")
+        if key == "GPU":
+            names.append(value.strip())
+        elif key == "Supported" and value.strip() == "0" and names:
+            names.pop()
     return names[0] if names else "a device without a name"
 
 
