@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -74,6 +74,9 @@ def spatial_softmax(maps: Tensor) -> Tensor:
 class ImageTokens(nn.Module):
     """Tokens of pictures: one per cell of a feature map, plus one that holds the keypoints."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: ImageTokensConfig) -> None:
         super().__init__()
         self.config = config
@@ -81,13 +84,14 @@ class ImageTokens(nn.Module):
         options: dict[str, Any] = {"norm_layer": partial(GroupNorm, groups=config.groups)} if config.groups else {}
         if "vit" in config.backbone:
             options["img_size"] = config.size
-        self.features = timm.create_model(
+        self.features: Any = timm.create_model(
             config.backbone, features_only=True, out_indices=stages, pretrained=config.pretrained, **options
         )
-        channels = self.features.feature_info.channels()
+        info = cast(Any, self.features.feature_info)
+        channels = info.channels()
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
-        reduction = self.features.feature_info.reduction()[-1]
+        reduction = info.reduction()[-1]
         self.grid = -(-config.size // reduction)
         self.project = nn.Linear(channels[-1], config.width)
         self.position = nn.Parameter(torch.randn(self.grid**2, config.width) * 0.02)

@@ -8,7 +8,7 @@ accident, which turns its dropout on).
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import timm
 import torch
@@ -65,6 +65,9 @@ class LpipsVGG(Frozen):
         ValueError: The weights do not fit; lists what is missing or of another shape.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg: dict[str, Tensor], heads: dict[str, Tensor]) -> None:
         super().__init__()
         self.net = make_layers(cfgs["D"])
@@ -115,7 +118,7 @@ class EfficientNetLite0(Frozen):
         if side < 32 or side % 32:
             raise ValueError(f"side must be a multiple of 32 px, got {side}")
         self.side = side
-        self.net = timm.create_model("efficientnet_lite0", bn_eps=1e-3)
+        self.net: Any = timm.create_model("efficientnet_lite0", bn_eps=1e-3)
         own = self.net.state_dict()
         if len(own) != len(state):
             raise ValueError(f"EfficientNet-Lite0 has {len(own)} tensors, the file holds {len(state)}")

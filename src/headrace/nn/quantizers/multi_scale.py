@@ -210,7 +210,8 @@ class MultiScaleQuantizer(nn.Module):
         parts = self.split(codes)
         if refine and len(parts) < 2:
             raise ValueError("refine needs the codes of at least two scales: the first is predicted from text alone")
-        rows, running = [], None
+        rows: list[Tensor] = []
+        running: Tensor | None = None
         for place, part in enumerate(parts):
             side = scales[place]
             own = self._place(self.embed(part), side, side)
