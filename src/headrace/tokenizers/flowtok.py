@@ -29,6 +29,8 @@ class FlowTok(Tokenizer):
     kind: ClassVar[Literal["discrete", "continuous"]] = "continuous"
     VARIANTS = ("xl", "b", "h", "tiny")
 
+    scale: Tensor
+
     def __init__(self, config: FlowTokConfig) -> None:
         super().__init__(config)
         self.image = TokenVAE(config.image)

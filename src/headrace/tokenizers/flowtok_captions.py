@@ -4,7 +4,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,19 +123,18 @@ class CaptionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.ids = CaptionIds(config)
-        self.tower = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocabulary,
-                hidden_size=config.width,
-                intermediate_size=config.hidden,
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.context,
-                bos_token_id=self.ids.start,
-                eos_token_id=self.ids.end,
-                pad_token_id=self.ids.pad,
-            )
-        )
+        shape: dict[str, Any] = {  # transformers makes this constructor at run time; its declared one has no such names
+            "vocab_size": config.vocabulary,
+            "hidden_size": config.width,
+            "intermediate_size": config.hidden,
+            "num_hidden_layers": config.depth,
+            "num_attention_heads": config.heads,
+            "max_position_embeddings": config.context,
+            "bos_token_id": self.ids.start,
+            "eos_token_id": self.ids.end,
+            "pad_token_id": self.ids.pad,
+        }
+        self.tower = CLIPTextModel(CLIPTextConfig(**shape))
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Self:

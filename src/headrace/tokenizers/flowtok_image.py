@@ -221,7 +221,8 @@ class TokenVAE(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def encode(self, images: Tensor) -> Posterior:
         """Images (B, 3, S, S) in [0, 1] to the posterior of their tokens.

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +80,11 @@ def ssim(a: Tensor, b: Tensor, *, data_range: float) -> Tensor:
     return score.mean((1, 2, 3)).float()
 
 
+def _triangular_factor(rows: np.ndarray) -> np.ndarray:
+    factor: Any = np.linalg.qr((rows - rows.mean(0)) / np.sqrt(len(rows) - 1), mode="r")
+    return np.asarray(factor)
+
+
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Squared Fréchet distance of two Gaussians fitted to feature rows (N, F); biased upwards for few rows.
 
@@ -89,7 +95,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     a, b = a.astype(np.float64), b.astype(np.float64)
     # With scaled centred rows A and B, tr sqrt(cov_a cov_b) is the sum of the singular values of A B^T. Triangular
     # factors have the same ones, and are no larger than the number of features or of rows.
-    rows_a, rows_b = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (a, b))
+    rows_a, rows_b = _triangular_factor(a), _triangular_factor(b)
     root = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()
     gap = np.square(a.mean(0) - b.mean(0)).sum()
     return float(max(gap + np.square(rows_a).sum() + np.square(rows_b).sum() - 2 * root, 0.0))

@@ -1,7 +1,7 @@
 """TokenFlow's semantic branch: a pretrained vision tower that is trained on, and a decoder to teacher features."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import timm
 import torch
@@ -83,7 +83,7 @@ class SemanticTower(nn.Module):
         super().__init__()
         self.config = config
         self.facts = FAMILIES[config.family]
-        self.model = build_tower(config)
+        self.model = cast(Any, build_tower(config))
         if self.facts.penultimate:
             for module in (self.model.blocks[-1], self.model.norm, self.model.attn_pool):
                 module.requires_grad_(False)
@@ -117,7 +117,7 @@ def build_tower(config: TowerConfig) -> nn.Module:
         model = timm.create_model(name, num_classes=0, img_size=config.size)
         model.fc_norm = nn.Identity()
         return model
-    shape = {
+    shape: dict[str, Any] = {
         "img_size": config.size,
         "patch_size": config.patch,
         "embed_dim": config.width,
@@ -201,6 +201,8 @@ def decode_semantics(decoder: Beit, grid: Tensor) -> Tensor:
     """Quantised semantic vectors, shape (B, C, g, g), to normed patch states, shape (B, g * g, width)."""
     x = decoder.patch_embed.proj(grid).flatten(2).transpose(1, 2)
     x = torch.cat([decoder.cls_token.expand(len(x), -1, -1), x], dim=1)
+    if decoder.pos_embed is None:
+        raise ValueError("the decoder has no position table; build it with `build_semantic_decoder`")
     x = x + resize_positions(decoder.pos_embed, grid.shape[-1], prefix=1)
     for block in decoder.blocks:
         x = block(x)
@@ -209,8 +211,8 @@ def decode_semantics(decoder: Beit, grid: Tensor) -> Tensor:
 
 def task_layer(width: int, out: int) -> nn.Sequential:
     """Linear, tanh, linear: between a transformer and the quantiser (or the teacher's space)."""
-    layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
-    for linear in (layer[0], layer[2]):
+    first, last = nn.Linear(width, width), nn.Linear(width, out)
+    for linear in (first, last):
         nn.init.trunc_normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
-    return layer
+    return nn.Sequential(first, nn.Tanh(), last)

@@ -1,6 +1,7 @@
 """What the semantic half is taught: features of a frozen vision network on the tokenizer's grid."""
 
 import copy
+from typing import Any
 
 import timm
 import torch
@@ -28,6 +29,8 @@ class TowerTeacher(Frozen):
         tower: The tower with pretrained weights; it is copied.
         projection: CLIP's projection, shape (teacher, width); only for `clip`.
     """
+
+    projection: Tensor | None
 
     def __init__(self, tower: SemanticTower, projection: Tensor | None = None) -> None:
         super().__init__()
@@ -71,7 +74,7 @@ class EfficientNetTeacher(Frozen):
 
 def pretrained_teacher(config: TowerConfig) -> TowerTeacher:
     """The teacher with the published weights of a tower, from timm's cache or the Hub; the student copies its tower."""
-    full = timm.create_model(PRETRAINED[config.family], pretrained=True)
+    full: Any = timm.create_model(PRETRAINED[config.family], pretrained=True)
     projection = full.head.weight.detach().clone() if config.family == "clip" else None
     state = full.state_dict()
     tower = SemanticTower(config)

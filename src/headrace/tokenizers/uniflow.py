@@ -48,6 +48,10 @@ class UniFlow(Tokenizer):
     kind: ClassVar[Literal["discrete", "continuous"]] = "continuous"
     VARIANTS = ("internvit_300m", "dinov2_l", "dfn_clip_l", "siglip2_so400m", "tiny")
 
+    latent_count: Tensor
+    latent_mean: Tensor
+    latent_square: Tensor
+
     def __init__(self, config: UniFlowConfig) -> None:
         super().__init__(config)
         width, grid = config.encoder.width, config.encoder.grid

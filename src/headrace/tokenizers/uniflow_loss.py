@@ -6,6 +6,7 @@ training code on the official class. Time convention of the released sampler: 0 
 
 # Shape letters in this file: B batch, N patches, P numbers in a patch, L layers.
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,11 @@ from headrace.nn.patches import patchify
 from headrace.tokenizers.uniflow import UniFlow
 
 TIME_BINS = 4
-TIME_LAWS = {"fat_lognormal": fat_logit_normal_time, "lognormal": logit_normal_time, "uniform": uniform_time}
+TIME_LAWS: dict[str, Callable[..., Tensor]] = {
+    "fat_lognormal": fat_logit_normal_time,
+    "lognormal": logit_normal_time,
+    "uniform": uniform_time,
+}
 
 
 class UniFlowTerms(NamedTuple):

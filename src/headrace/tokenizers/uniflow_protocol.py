@@ -25,7 +25,8 @@ def seam_ratio(images: Tensor, patch: int) -> Tensor:
     """
     if patch < 2:
         raise ValueError(f"patch must be at least 2 px, got {patch}")
-    border, inside = [], []
+    border: list[Tensor] = []
+    inside: list[Tensor] = []
     for axis in (-1, -2):
         step = images.diff(dim=axis).abs()
         on_border = (torch.arange(step.shape[axis], device=images.device) + 1) % patch == 0
