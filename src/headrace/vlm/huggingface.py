@@ -55,8 +55,8 @@ class HuggingFaceVLM:
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(device)
-        return cls(model, AutoProcessor.from_pretrained(source), pruning=pruning)
+        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        return cls(model.to(device), AutoProcessor.from_pretrained(source), pruning=pruning)
 
     @property
     def device(self) -> torch.device:

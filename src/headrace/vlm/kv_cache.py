@@ -5,7 +5,7 @@ a sliding window also store all entries here and get their window from the mask 
 """
 # Shape letters in this file: B batch, H key/value heads, N entries, D head dimension.
 
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -52,7 +52,8 @@ class KVCache(DynamicCache):
             if count > 1:
                 keys, values = keys.repeat_interleave(count, dim=0), values.repeat_interleave(count, dim=0)
             other.update(keys, values, index)
-            other.layers[index].keys, other.layers[index].values = keys, values
+            copied: Any = other.layers[index]
+            copied.keys, copied.values = keys, values
         return other
 
     def keep(self, indices: Tensor, *, layers: range | None = None) -> None:
@@ -70,5 +71,6 @@ class KVCache(DynamicCache):
             layer.keys = layer.keys.gather(2, picked.expand(-1, -1, -1, layer.keys.shape[-1]))
             layer.values = layer.values.gather(2, picked.expand(-1, -1, -1, layer.values.shape[-1]))
 
-    def _filled(self) -> list:
-        return [layer for layer in self.layers if layer.is_initialized]
+    def _filled(self) -> list[Any]:
+        layers: list[Any] = self.layers  # transformers' union has kinds without keys, which this cache never makes
+        return [layer for layer in layers if layer.is_initialized]

@@ -9,7 +9,7 @@ what the model reads at a scale's places are not codes but features of the scale
 # Shape letters: B prompts, P positions of the prompt, N codes of all scales, M feature rows, D feature width, W width.
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -81,18 +81,19 @@ class NextScaleConfig:
 
     def language_model(self) -> LlamaConfig:
         """The transformers configuration."""
-        return LlamaConfig(
-            vocab_size=self.pad + 1,
-            pad_token_id=self.pad,
-            hidden_size=self.width,
-            intermediate_size=self.hidden,
-            num_hidden_layers=self.depth,
-            num_attention_heads=self.heads,
-            max_position_embeddings=self.max_positions,
-            rope_parameters={"rope_type": "default", "rope_theta": self.theta},
-            rms_norm_eps=self.eps,
-            attn_implementation="sdpa",
-        )
+        shape: dict[str, Any] = {  # transformers makes this constructor at run time; its declared one has no such names
+            "vocab_size": self.pad + 1,
+            "pad_token_id": self.pad,
+            "hidden_size": self.width,
+            "intermediate_size": self.hidden,
+            "num_hidden_layers": self.depth,
+            "num_attention_heads": self.heads,
+            "max_position_embeddings": self.max_positions,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.theta},
+            "rms_norm_eps": self.eps,
+            "attn_implementation": "sdpa",
+        }
+        return LlamaConfig(**shape)
 
 
 class HeadNorm(nn.Module):
@@ -116,9 +117,9 @@ class PostNormLayer(LlamaDecoderLayer):
         for name in ("q_proj", "k_proj"):
             setattr(attention, name, nn.Sequential(getattr(attention, name), HeadNorm(attention.head_dim)))
 
-    def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As `LlamaDecoderLayer.forward`; transformers passes its keywords on to the attention."""
-        attended, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states, *args, **kwargs)
         hidden_states = hidden_states + self.input_layernorm(attended)
         return hidden_states + self.post_attention_layernorm(self.mlp(hidden_states))
 
@@ -151,6 +152,8 @@ class NextScaleGenerator(Pretrained):
     """Predicts the codes of a TokenFlow-like tokenizer from text."""
 
     Config = NextScaleConfig
+
+    owner: Tensor
 
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config)
@@ -193,7 +196,7 @@ class NextScaleGenerator(Pretrained):
     def embed_rows(self, rows: Tensor, *, start: int) -> Tensor:
         """Inputs of places `start`, start + 1, ... (counted in codes) from feature rows (B, M, D), (B, M, W)."""
         stop = start + rows.shape[1]
-        weight = self.projector[0].weight
+        weight = self.projector[0].get_parameter("weight")
         return self.projector(rows.to(weight.dtype)) + self.level(self.owner[start:stop] + 1) + self.place[start:stop]
 
     def hidden(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: object = None) -> Tensor:

@@ -344,5 +344,10 @@ def pad_sequences(
         return torch.stack([torch.nn.functional.pad(v, pad) for v, pad in zip(values, sides, strict=True)])
 
     mask = padded([torch.ones(len(s.ids), dtype=torch.int64) for s in sequences]).bool()
-    columns = [padded([getattr(s, name) for s in sequences]) for name in ("ids", "modality", "loss_weight", "position")]
-    return SequenceBatch(*columns, mask)
+    return SequenceBatch(
+        ids=padded([s.ids for s in sequences]),
+        modality=padded([s.modality for s in sequences]),
+        loss_weight=padded([s.loss_weight for s in sequences]),
+        position=padded([s.position for s in sequences]),
+        attention_mask=mask,
+    )

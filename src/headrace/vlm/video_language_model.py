@@ -128,7 +128,7 @@ class VideoLanguageModel(AnswersPictures, Pretrained):
         self.tables = nn.ModuleDict({v.name: nn.Embedding(v.size, width) for v in extra})
         self.heads = nn.ModuleDict({v.name: nn.Linear(width, v.size, bias=False) for v in extra})
         for module in (*self.tables.values(), *self.heads.values()):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.get_parameter("weight"), std=0.02)
         self.encoder.requires_grad_(config.train_encoder)
         self.tokenizer: Any = None
         self.pruning = None
@@ -199,7 +199,7 @@ class VideoLanguageModel(AnswersPictures, Pretrained):
         parts: list[Any] = [Special(special="bos")] if "bos" in self.config.text_specials else []
         parts.append(Delimiter(text=template.before))
         for index in range(pictures):
-            kind = {"modality": "visual", "group_end": "eof"} if codes else {"modality": "picture"}
+            kind: dict[str, Any] = {"modality": "visual", "group_end": "eof"} if codes else {"modality": "picture"}
             parts.append(Delimiter(text=template.picture_before))
             parts.append(Field(name=f"picture_{index}", scored=False, **kind))
             parts.append(Delimiter(text=template.picture_after))

@@ -69,6 +69,7 @@ class VisualEncoder(nn.Module):
     def __init__(self, config: VisualEncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.inner: Any
         if config.source == "timm":
             self.inner, self.preprocessing = _timm(config)
         else:

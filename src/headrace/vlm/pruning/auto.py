@@ -35,7 +35,8 @@ METHODS: dict[str, Callable[[Budget], PruningConfig]] = {
     "random": lambda budget: ControlConfig(budget=budget),
     "grid": lambda budget: ControlConfig(budget=budget, choice="grid"),
 }
-CONFIGS = {c.__name__: c for c in (FlowCutConfig, ControlConfig, VisionZipConfig, PruMergeConfig, FastVConfig)}
+KINDS: tuple[type[PruningConfig], ...] = (FlowCutConfig, ControlConfig, VisionZipConfig, PruMergeConfig, FastVConfig)
+CONFIGS = {kind.__name__: kind for kind in KINDS}
 
 
 def pruning_config(method: str, budget: Budget) -> PruningConfig:

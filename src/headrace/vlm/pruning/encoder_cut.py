@@ -181,10 +181,13 @@ class EncoderCut:
     def _collected(self) -> Qkv | None:
         if not self.seen:
             return None
-        joined = [torch.cat([getattr(call, name) for call in self.seen], dim=2) for name in ("query", "key", "value")]
-        scaling = self.seen[0].scaling
-        self.seen = []
-        return Qkv(*joined, scaling)
+        seen, self.seen = self.seen, []
+        return Qkv(
+            query=torch.cat([call.query for call in seen], dim=2),
+            key=torch.cat([call.key for call in seen], dim=2),
+            value=torch.cat([call.value for call in seen], dim=2),
+            scaling=seen[0].scaling,
+        )
 
     def _split(self, hidden: Tensor) -> list[Tensor]:
         if self.tower.packing == "batch":

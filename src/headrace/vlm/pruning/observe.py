@@ -114,7 +114,7 @@ def reads_by_hook(module: nn.Module) -> bool:
     return fused and hasattr(module, "q_norm") and not hasattr(module, "rope") and not hasattr(module, "config")
 
 
-def _qkv_hook(module: nn.Module, observer: Observer) -> Any:
+def _qkv_hook(module: Any, observer: Observer) -> Any:
     def show(_: nn.Module, __: Any, output: Tensor) -> None:
         batch, tokens, width = output.shape
         parts = output.reshape(batch, tokens, 3, module.num_heads, width // (3 * module.num_heads))

@@ -123,8 +123,9 @@ def _attention(block: nn.Module) -> nn.Module | None:
 
 def _prefix(tower: nn.Module) -> tuple[int, bool]:
     """Tokens before the patches, and whether one is CLS."""
-    if isinstance(getattr(tower, "num_prefix_tokens", None), int):  # timm
-        return tower.num_prefix_tokens, getattr(tower, "cls_token", None) is not None
+    count = getattr(tower, "num_prefix_tokens", None)
+    if isinstance(count, int):  # timm
+        return count, getattr(tower, "cls_token", None) is not None
     cls, registers = 0, 0
     for name, parameter in tower.named_parameters():
         kind = name.rpartition(".")[2]
@@ -133,7 +134,7 @@ def _prefix(tower: nn.Module) -> tuple[int, bool]:
     return int(cls) + registers, bool(cls)
 
 
-def _unit(tower: nn.Module, inner: nn.Module, config: Any) -> int:
+def _unit(tower: Any, inner: Any, config: Any) -> int:
     if hasattr(tower, "spatial_merge_size"):  # Qwen2-VL
         return int(tower.spatial_merge_size)
     if hasattr(getattr(inner, "connector", None), "scale_factor"):  # SmolVLM, Idefics3
