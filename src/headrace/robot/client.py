@@ -58,9 +58,9 @@ class RemotePolicy:
         self.metadata: dict[str, Any] = {}
         self._connect()
         told = self.metadata.get("action_spec")
-        if told is None and spec is None:
+        if spec is None and told is None:
             raise ValueError(f"{url} does not tell its action convention; pass spec=ActionSpec(...)")
-        self.spec = spec if spec is not None else ActionSpec.from_dict(told)
+        self.spec = spec if spec is not None else ActionSpec.from_dict(dict(self.metadata["action_spec"]))
 
     def _connect(self) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
@@ -73,7 +73,7 @@ class RemotePolicy:
                 open_timeout=self.timeout,
                 ping_timeout=None,  # a policy may think for longer than a ping waits
             )
-            greeting = unpack(self._connection.recv(timeout=self.timeout), self._limits)
+            greeting = unpack(self._connection.recv(timeout=self.timeout, decode=False), self._limits)
         except InvalidHandshake as error:
             raise ServerUnreachable(f"{self.url} turned us away: {error}; is the token right?") from error
         except (OSError, TimeoutError, WebSocketException, WireError, TypeError) as error:

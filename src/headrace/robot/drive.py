@@ -123,7 +123,8 @@ class Thinker:
     def __init__(self, policy: Policy, queue: ActionQueue, config: DriveConfig, geometry: ArmGeometry | None) -> None:
         self.policy, self.queue, self.config, self.geometry = policy, queue, config, geometry
         self.failure: Exception | None = None
-        self.chunks, self.thinking = 0, []
+        self.chunks = 0
+        self.thinking: list[float] = []
         self._newest: tuple[ArmState, np.ndarray] | None = None
         self._wake, self._stop = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
@@ -152,7 +153,7 @@ class Thinker:
                 self._wake.clear()
                 if self._stop:
                     return
-                if self._due():
+                if self._newest is not None and self._due():
                     self._think(*self._newest)
         except Exception as error:  # the control loop decides what to do about it
             self.failure = error

@@ -1,7 +1,7 @@
 """Sizes and settings of latent action models: ViPRA's published one, a tiny one, and those of its relatives."""
 
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from headrace.nn.patches import patch_grid
 from headrace.nn.quantizers.finite_scalar import FiniteScalarConfig
@@ -83,7 +83,7 @@ class LatentActionConfig:
     @classmethod
     def tiny(cls, *, image_size: int = 64) -> Self:
         """Frames of 64 px in patches of 8, about 4.1 million parameters, four tokens of eight codes."""
-        shape = {"width": 192, "heads": 4, "head_width": 32}
+        shape: dict[str, Any] = {"width": 192, "heads": 4, "head_width": 32}
         return cls(
             image_size=image_size,
             features=FrameFeaturesConfig(kind="stem", name="", width=192, patch=8),
@@ -99,7 +99,7 @@ class LatentActionConfig:
 
         Source: LatentActionPretraining/LAPA@46aca51. Blocks, reducer and decoder are ViPRA's.
         """
-        shape = {"width": 1024, "depth": 8, "heads": 16, "head_width": 64}
+        shape: dict[str, Any] = {"width": 1024, "depth": 8, "heads": 16, "head_width": 64}
         return cls(
             image_size=256,
             frames=2,

@@ -111,15 +111,22 @@ class SafetyFilter:
         self.limits, self.period, self._gripper_at = limits, period, gripper_at
         self._low, self._high = np.array(limits.low), np.array(limits.high)
         self._speed, self._acceleration = np.array(limits.speed), np.array(limits.acceleration)
-        self.command: np.ndarray | None = None
+        self._command: np.ndarray | None = None
         self._velocity = np.zeros(len(limits.joints))
         self._seen: np.ndarray | None = None
 
     def start(self, joints: np.ndarray) -> None:
         """Begin at rest at `joints`, the measured position, which must lie within the range and its tolerance."""
         self.check(joints)
-        self.command = np.clip(joints, self._low, self._high)
+        self._command = np.clip(joints, self._low, self._high)
         self._velocity = np.zeros(len(joints))
+
+    @property
+    def command(self) -> np.ndarray:
+        """The command in force, shape (J,); raises RuntimeError before `start`."""
+        if self._command is None:
+            raise RuntimeError("call start with the measured joints first")
+        return self._command
 
     def check(self, joints: np.ndarray) -> None:
         """Accept a reading or stop.
@@ -149,8 +156,7 @@ class SafetyFilter:
             ArmFault: The request is not finite.
             RuntimeError: `start` was not called.
         """
-        if self.command is None:
-            raise RuntimeError("call start with the measured joints first")
+        before = self.command
         if request is None:
             wanted, cut = np.zeros_like(self._velocity), []
         else:
@@ -158,14 +164,14 @@ class SafetyFilter:
                 raise ArmFault(f"a target that is not finite: {np.asarray(request).tolist()}")
             inside = np.clip(request, self._low, self._high)
             cut = ["range"] if np.any(inside != request) else []
-            wanted = (inside - self.command) / self.period
+            wanted = (inside - before) / self.period
         velocity = self._allowed(wanted, cut)
-        command = np.clip(self.command + velocity * self.period, self._low, self._high)
+        command = np.clip(before + velocity * self.period, self._low, self._high)
         if self._outside(command) > 0:
             cut.append("workspace")
-            command = self._last_inside(self.command, command)
-        self._velocity = (command - self.command) / self.period
-        self.command = command
+            command = self._last_inside(before, command)
+        self._velocity = (command - before) / self.period
+        self._command = command
         return Bounded(command, tuple(cut))
 
     def _allowed(self, wanted: np.ndarray, cut: list[str]) -> np.ndarray:

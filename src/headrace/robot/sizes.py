@@ -4,7 +4,7 @@ from headrace.contracts import ActionSpec
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.action_decoder import ActionDecoderConfig
-from headrace.robot.vipra import BackboneConfig, VipraConfig
+from headrace.robot.vipra import Attention, BackboneConfig, VipraConfig
 
 SIZES = ("tiny", "small", "published")
 
@@ -34,6 +34,8 @@ def policy_config(
     """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r} (known: {', '.join(SIZES)})")
+    history: tuple[int, ...]
+    attention: Attention
     if size == "published":
         image = ImageTokensConfig(size=224, width=4096)
         backbone, history, attention, draws = BackboneConfig(), (-1, 0), "causal", 1

@@ -17,7 +17,7 @@ def strides_to(side: int, target: int) -> tuple[int, ...]:
     Raises:
         ValueError: Halving (rounding up) never meets `target`.
     """
-    strides = []
+    strides: list[int] = []
     while side > target:
         side, strides = -(-side // 2), [*strides, 2]
     if side != target:

@@ -48,18 +48,19 @@ class BackboneConfig:
 
     def llama(self) -> LlamaConfig:
         """The transformers configuration of this shape, with a token table of one row: embeddings are ours."""
-        return LlamaConfig(
-            hidden_size=self.width,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            intermediate_size=self.mlp,
-            rms_norm_eps=1e-6,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            vocab_size=1,
-            max_position_embeddings=4096,
-            attn_implementation="eager",  # its backward pass was the faster one on a CPU: 0.79 against 0.93 s a step
-        )
+        shape: dict[str, Any] = {  # transformers makes this constructor at run time; its declared one has no such names
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "intermediate_size": self.mlp,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "vocab_size": 1,
+            "max_position_embeddings": 4096,
+            "attn_implementation": "eager",  # its backward pass was the faster one on a CPU: 0.79 against 0.93 s a step
+        }
+        return LlamaConfig(**shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ class VipraPolicy(Pretrained):
         width = config.backbone.width
         self.image_tokens = ImageTokens(config.image)
         self.backbone = LlamaModel(config.backbone.llama())
-        self.backbone.embed_tokens = nn.Identity()  # embeddings are ours; an unused table would stop strict DDP
+        self.backbone.set_input_embeddings(nn.Identity())  # embeddings are ours; an unused table would stop strict DDP
         self.decoder = ActionDecoder(config.decoder)
         self.text = nn.Embedding(2 + len(config.words), width, padding_idx=0)
         self.delimiters = nn.Embedding(len(DELIMITERS), width)
