@@ -90,7 +90,8 @@ def make_arm(robot: str, options: str, rehearse: Path | None, episode: int, rate
     if not isinstance(chosen, dict):
         raise ValueError(f"--options must be a JSON object, got {options!r}")
     if robot == "mock":
-        return MockArm(rate=rate, **{key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()})
+        settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in chosen.items()}
+        return MockArm(rate=rate, **settings)
     return make_lerobot_arm(robot, chosen, rate=rate, gripper=gripper)
 
 

@@ -126,7 +126,8 @@ class EpisodeRunner:
             self._expert = make_expert(self.task, self.environment)
         self._expert.reset()
         generator = np.random.default_rng([noise_seed, seed])
-        push, left = np.zeros(3), 0
+        push: np.ndarray = np.zeros(3)
+        left = 0
         largest = float(getattr(self.environment, "largest_move", 1.0))  # in action units; metres are not normalised
         while not self.episode.flags or not done():
             action = self._expert.act()

@@ -54,7 +54,7 @@ class ManiSkillEnvironment:
         if render:
             options["sensor_configs"] = {"width": image_size, "height": image_size}
         try:
-            env = gym.make(
+            env: Any = gym.make(
                 task.name,
                 obs_mode="rgb" if render else "none",
                 control_mode=controller,

@@ -253,7 +253,8 @@ def roll_out(
     }
     with claim(folder):
         check_same_run(folder, identity)
-        results, described = [], {}
+        results: list[dict[str, Any]] = []
+        described: dict[str, Any] = {}
         for task in tasks:
             started = time.perf_counter()
             rollout = Rollout(task, policy, settings, folder)

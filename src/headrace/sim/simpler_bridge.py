@@ -125,6 +125,7 @@ class RestoredScene(UnsharedScene):
 
     SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
     task: SimplerTask
+    consecutive_grasp: torch.Tensor
 
     @property
     def _default_sim_config(self) -> SimConfig:
