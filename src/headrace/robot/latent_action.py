@@ -70,15 +70,26 @@ class InverseDynamicsEncoder(nn.Module):
             else QueryReducer(width, config.tokens, code_width, heads=config.encoder.heads)
         )
 
-    def states(self, clip: Tensor, frame_mask: Tensor | None = None) -> Tensor:
-        """Features of every frame in the light of the others, shape (B, T, rows, columns, D)."""
-        features = self.features(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+    def frame_features(self, clip: Tensor) -> Tensor:
+        """Features of single frames, shape (B, T, P, D); `from_features` goes on from them."""
+        return self.features(clip.flatten(0, 1)).unflatten(0, clip.shape[:2])
+
+    def in_context(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Features (B, T, P, D) of every frame in the light of the others, shape (B, T, rows, columns, D)."""
         return self.blocks(features, self.config.grid, frame_mask=frame_mask).unflatten(2, self.config.grid)
+
+    def states(self, clip: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Both of these for a clip, shape (B, T, rows, columns, D)."""
+        return self.in_context(self.frame_features(clip), frame_mask)
+
+    def from_features(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
+        """Rows of every transition, shape (B, T-1, N, Q), from features (B, T, P, D) of single frames."""
+        states = self.in_context(features, frame_mask)
+        return self.reducer(states[:, 1:] - states[:, :-1] if self.config.differences else states[:, 1:])
 
     def forward(self, clip: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Rows of every transition, shape (B, T-1, N, Q)."""
-        states = self.states(clip, frame_mask)
-        return self.reducer(states[:, 1:] - states[:, :-1] if self.config.differences else states[:, 1:])
+        return self.from_features(self.frame_features(clip), frame_mask)
 
 
 class ForwardDynamicsDecoder(nn.Module):
