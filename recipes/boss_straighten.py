@@ -22,9 +22,9 @@ import tyro
 from torch import Tensor
 
 from headrace.flow.bellman import bellman_grids
-from headrace.flow.solver import SolverSettings, Velocity
+from headrace.flow.solver import SolverSettings, Velocity, trajectory
 from headrace.flow.step_grid import StepGrid
-from headrace.flow.straighten import straightening_loss, teacher_states
+from headrace.flow.straighten import straightening_loss
 from headrace.flow.straightness import root_mean_square
 from headrace.robot.finetune import read_demonstrations
 from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
@@ -88,24 +88,39 @@ def velocity_under(model: VipraPolicy, inputs: PolicyInput) -> Velocity:
     return lambda x, t: model.velocity(prefix, x, t)
 
 
+@torch.no_grad()
+def teach(model: VipraPolicy, inputs: PolicyInput, recipe: Recipe) -> Tensor:
+    """The teacher's fine Euler run from one noise per observation, shape (N, fine_steps + 1, H, A), normalised."""
+    made, draw = [], torch.Generator().manual_seed(recipe.seed + 1)
+    for start in range(0, len(inputs.state), 64):
+        part = rows_of(inputs, slice(start, start + 64))
+        noise = torch.randn(len(part.state), *chunk_shape(model), generator=draw)
+        made.append(trajectory(velocity_under(model, part), noise, steps=recipe.fine_steps).states.transpose(0, 1))
+    return torch.cat(made)
+
+
 class Chords:
     """Teacher states on one grid for every observation; a dataset for `batches`.
 
-    Attributes:
+    Args:
         inputs: Observations, N rows.
-        states: Shape (N, K+1, H, A), normalised actions.
+        fine: From `teach`, shape (N, F+1, H, A).
+        grid: Times to keep, each of them on the fine grid.
+
+    Attributes:
+        states: Shape (N, K+1, H, A).
+
+    Raises:
+        ValueError: A time that the fine grid lacks.
     """
 
-    def __init__(self, model: VipraPolicy, inputs: PolicyInput, grid: StepGrid, recipe: Recipe) -> None:
-        self.inputs, made = inputs, []
-        draw = torch.Generator().manual_seed(recipe.seed + 1)
-        for start in range(0, len(inputs.state), 64):
-            part = rows_of(inputs, slice(start, start + 64))
-            noise = torch.randn(len(part.state), *chunk_shape(model), generator=draw)
-            with torch.no_grad():
-                velocity = velocity_under(model, part)
-                made.append(teacher_states(velocity, noise, grid.times, fine_steps=recipe.fine_steps))
-        self.states = torch.cat(made, 1).transpose(0, 1)
+    def __init__(self, inputs: PolicyInput, fine: Tensor, grid: StepGrid) -> None:
+        steps = fine.shape[1] - 1
+        indices = [round(t * steps) for t in grid.times]
+        off = [t for t, index in zip(grid.times, indices, strict=True) if abs(t * steps - index) > 1e-6]
+        if off:
+            raise ValueError(f"the fine grid of {steps} steps has no state at {', '.join(f'{t:.4g}' for t in off)}")
+        self.inputs, self.states = inputs, fine[:, indices]
 
     def __len__(self) -> int:
         return len(self.states)
@@ -145,11 +160,14 @@ def end_error(model: VipraPolicy, chords: Chords, settings: SolverSettings) -> f
     return root_mean_square(torch.cat(distances)) / (distances[0][0].numel() ** 0.5)
 
 
-def straighten(recipe: Recipe, teacher: VipraPolicy, inputs: PolicyInput, grid: StepGrid) -> dict[str, float]:
+def straighten(
+    recipe: Recipe, teacher: VipraPolicy, inputs: PolicyInput, fine: Tensor, grid: StepGrid
+) -> dict[str, float]:
     """One network for one grid, saved with it; returns its errors on held-out observations."""
     held_out = max(1, len(inputs.state) // 8)
-    train, test = (rows_of(inputs, part) for part in (slice(held_out, None), slice(held_out)))
-    chords, unseen = Chords(teacher, train, grid, recipe), Chords(teacher, test, grid, recipe)
+    chords, unseen = (
+        Chords(rows_of(inputs, part), fine[part], grid) for part in (slice(held_out, None), slice(held_out))
+    )
     student = copy.deepcopy(teacher).train()
     fitted = fit(
         student,
@@ -186,12 +204,13 @@ def main(recipe: Recipe) -> dict[int, dict[str, float]]:
     with torch.no_grad():
         grids = bellman_grids(velocity_under(teacher, probe), noise, steps=recipe.counts, fine_steps=recipe.fine_steps,
                               cost=recipe.cost)  # fmt: skip
+    fine = teach(teacher, inputs, recipe) if recipe.straighten else None
     errors = {}
     for count, grid in grids.items():
         grid.save(recipe.out / "grids" / f"k{count}")
         print(f"K={count}: " + " ".join(f"{t:.2f}" for t in grid.times), flush=True)
-        if recipe.straighten:
-            errors[count] = straighten(recipe, teacher, inputs, grid)
+        if fine is not None:
+            errors[count] = straighten(recipe, teacher, inputs, fine, grid)
             print(json.dumps(errors[count]), flush=True)
     (recipe.out / "errors.json").write_text(json.dumps(errors, indent=2) + "\n")
     return errors

@@ -59,8 +59,14 @@ def test_grids_and_tuned_networks_are_written(recipe, teacher, observations, tmp
 def test_the_teacher_itself_has_no_error_on_its_fine_grid(recipe, teacher, observations, tmp_path):
     """Chords keep each observation's states with that observation."""
     chosen = recipe.Recipe(policy="", data=(), out=tmp_path, fine_steps=6)
-    chords = recipe.Chords(teacher, observations, StepGrid.uniform(3), chosen)
+    fine = recipe.teach(teacher, observations, chosen)
+    chords = recipe.Chords(observations, fine, StepGrid.uniform(3))
     assert recipe.end_error(teacher, chords, SolverSettings(grid=uniform_grid(6))) < 1e-5
-    rolled = recipe.Chords.__new__(recipe.Chords)
-    rolled.inputs, rolled.states = PolicyInput(*(part.roll(1, 0) for part in observations)), chords.states
+    rolled = recipe.Chords(PolicyInput(*(part.roll(1, 0) for part in observations)), fine, StepGrid.uniform(3))
     assert recipe.end_error(teacher, rolled, SolverSettings(steps=6)) > 1e-3
+
+
+def test_a_grid_off_the_fine_run_is_named(recipe, observations):
+    fine = torch.zeros(24, 7, 2, 3)
+    with pytest.raises(ValueError, match=r"6 steps has no state at 0\.25"):
+        recipe.Chords(observations, fine, StepGrid(times=(0.0, 0.25, 1.0)))
