@@ -1,7 +1,7 @@
 import pytest
 
 from headrace.flow.solver import SolverSettings
-from headrace.flow.step_grid import GRID_FILE, GridMismatch, StepGrid, settings_for
+from headrace.flow.step_grid import GRID_FILE, GridMismatch, StepGrid, read_grid, settings_for
 
 TUNED = StepGrid(times=(0.0, 0.07, 0.31, 1.0), source="endpoint", tuned=True, fine_steps=100, samples=64, cost=0.125)
 
@@ -38,6 +38,25 @@ def test_files_that_are_no_grid_are_refused(tmp_path):
             StepGrid.load(path)
     with pytest.raises(ValueError, match="source"):
         StepGrid(times=(0.0, 1.0), source="guess")
+
+
+def test_a_user_may_give_a_list_a_file_or_a_folder(tmp_path):
+    path = tmp_path / "times.json"
+    path.write_text("[0, 0.07, 0.31, 1]")
+    saved = TUNED.save(tmp_path)
+    assert read_grid(path).times == read_grid(saved).times == read_grid(tmp_path).times == TUNED.times
+    assert read_grid(saved).tuned and not read_grid(path).tuned
+    for text, message in (
+        ("[0, 0.5, 0.4, 1]", "rise"),
+        ("[0, 2]", r"within \[0, 1\]"),
+        ("[0", "JSON"),
+        ("[]", "at least 2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_grid(path)
+    with pytest.raises(FileNotFoundError):
+        read_grid(tmp_path / "absent.json")
 
 
 def test_a_folder_knows_how_its_model_is_sampled(tmp_path):

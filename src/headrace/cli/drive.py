@@ -25,7 +25,7 @@ def drive(
     gripper: Literal["open_is_1", "close_is_1", "none"] = "open_is_1",
     urdf: Path | None = None,
     end_link: str = "",
-    solver_steps: int = 10,
+    solver_steps: int | None = None,
     out: Path | None = None,
     rerun: bool = False,
     realtime: bool = False,
@@ -49,7 +49,8 @@ def drive(
         gripper: Which end of the robot's gripper number is open.
         urdf: Description of the arm, for policies that move the gripper in space.
         end_link: Link of the URDF that these policies move.
-        solver_steps: Solver steps of a policy that is loaded here.
+        solver_steps: Equal solver steps of a policy that is loaded here; without this, as saved with the checkpoint,
+            else 10.
         out: Folder for summary.json and ticks.jsonl; runs/drive-DATE by default.
         rerun: Also write drive.rrd for the rerun viewer.
         realtime: Real-time priority for the control thread (Linux, needs the right to it).
@@ -143,7 +144,7 @@ def make_geometry(urdf: Path | None, end_link: str, arm: Any) -> Any:
     )
 
 
-def make_policy(name: str, steps: int) -> Any:
+def make_policy(name: str, steps: int | None) -> Any:
     """A policy server's policy, or one loaded here."""
     import os
 
@@ -154,4 +155,4 @@ def make_policy(name: str, steps: int) -> Any:
     from headrace.flow.solver import SolverSettings
     from headrace.robot.policy import load_policy
 
-    return load_policy(name, solver=SolverSettings(method="euler", steps=steps))
+    return load_policy(name, solver=None if steps is None else SolverSettings(method="euler", steps=steps))

@@ -43,7 +43,7 @@ def rollout(
         out: Results folder; runs/POLICY-DATE by default.
         solver: How the flow is followed.
         steps: Equal solver steps; without this and GRID, as saved with the checkpoint, else 10.
-        grid: JSON file with a step grid, as BOSS writes it.
+        grid: Step grid: a JSON list of times, or the file or model folder that BOSS wrote.
         execute: Actions of a chunk that are carried out before the policy is asked again; half of them by default.
         ensemble: Ask at every step and average overlapping chunks.
         success_rule: Overrides the task's own rule.
@@ -101,15 +101,14 @@ def settings_of(**chosen: Any) -> dict[str, Any]:
     Raises:
         ValueError: Options that exclude each other, or a grid file that is none.
     """
-    import json
+    from headrace.flow.step_grid import read_grid
 
     if chosen["steps"] is not None and chosen["grid"] is not None:
         raise ValueError("--steps and --grid exclude each other")
     if chosen["ensemble"] and chosen["execute"] is not None:
         raise ValueError("--ensemble asks at every step; leave out --execute")
     if chosen["grid"] is not None:
-        data = json.loads(Path(chosen["grid"]).read_text())
-        chosen["grid"] = data["grid"] if isinstance(data, dict) else data
+        chosen["grid"] = list(read_grid(chosen["grid"]).times)
     return {key: value for key, value in chosen.items() if value not in (None, False)}
 
 

@@ -17,7 +17,7 @@ def serve(
     token_file: Path | None = None,
     max_batch: int = 16,
     wait: float = 0.004,
-    steps: int = 10,
+    steps: int | None = None,
     execute: int | None = None,
     precision: str = "fp32",
 ) -> int:
@@ -32,7 +32,7 @@ def serve(
         token_file: File whose first line is the token that clients must send.
         max_batch: Most observations in one call of the policy.
         wait: Longest wait for more observations [s].
-        steps: Solver steps.
+        steps: Equal solver steps; without this, as saved with the checkpoint, else 10.
         execute: Actions of each chunk that are sent; all of them by default.
         precision: `fp32` or `bf16`.
     """
@@ -44,7 +44,8 @@ def serve(
     config = ServerConfig(
         host=host, port=port, token=read_token(token_file), name=Path(policy).name, max_batch=max_batch, wait=wait
     )
-    loaded = load_policy(policy, solver=SolverSettings(method="euler", steps=steps), precision=precision)
+    solver = None if steps is None else SolverSettings(method="euler", steps=steps)
+    loaded = load_policy(policy, solver=solver, precision=precision)
     return asyncio.run(_serve(RecedingHorizon(loaded, execute) if execute else loaded, config))
 
 

@@ -106,6 +106,24 @@ class StepGrid:
         return cls(**{**data, "times": tuple(data["times"])})
 
 
+def read_grid(source: str | os.PathLike[str]) -> StepGrid:
+    """A grid as a user gives it: a model folder, a file that `StepGrid.save` wrote, or a JSON list of times.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not JSON, or times that are no grid.
+    """
+    path = Path(source)
+    if path.is_file():
+        try:
+            data = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not valid JSON ({error})") from error
+        if isinstance(data, list):
+            return StepGrid(times=tuple(data))
+    return StepGrid.load(path)
+
+
 def settings_for(
     folder: str | os.PathLike[str], asked: SolverSettings | None = None, *, default: SolverSettings | None = None
 ) -> SolverSettings:

@@ -1,0 +1,78 @@
+"""`rollout`, `serve` and `drive` sample a checkpoint as the grid saved beside it says, unless told otherwise."""
+
+import json
+
+import pytest
+import torch
+
+from headrace.cli import drive, rollout, serve
+from headrace.contracts import ActionSpec
+from headrace.flow.solver import SolverSettings
+from headrace.flow.step_grid import GridMismatch, StepGrid
+
+SPEC = ActionSpec(names=("x", "y", "gripper"), frame="base_delta", rotation="none", gripper="open_is_1", rate=20.0)
+TUNED = StepGrid(times=(0.0, 0.3, 1.0), source="local", tuned=True)
+UNSET = {"solver": "euler", "steps": None, "grid": None, "execute": None, "ensemble": False, "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    from headrace.robot.vipra import VipraConfig, VipraPolicy
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("policy")
+    VipraPolicy(VipraConfig.tiny(SPEC)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def straightened(checkpoint):
+    path = TUNED.save(checkpoint)
+    yield checkpoint
+    path.unlink()
+
+
+def served(folder, monkeypatch, **options):
+    seen = []
+
+    async def catch(policy, config):
+        seen.append(policy)
+        return 0
+
+    monkeypatch.setattr(serve, "_serve", catch)
+    assert serve.serve(str(folder), **options) == 0
+    return seen[0]
+
+
+def rolled(folder, **chosen):
+    return rollout.make_policy(str(folder), [], rollout.settings_of(**{**UNSET, **chosen})).policy
+
+
+def test_a_plain_checkpoint_takes_ten_steps_or_what_was_asked_for(checkpoint, monkeypatch):
+    for policy in (served(checkpoint, monkeypatch), drive.make_policy(str(checkpoint), None), rolled(checkpoint)):
+        assert policy.solver == SolverSettings(steps=10)
+    asked = served(checkpoint, monkeypatch, steps=3), drive.make_policy(str(checkpoint), 3), rolled(checkpoint, steps=3)
+    assert all(policy.solver == SolverSettings(steps=3) for policy in asked)
+
+
+def test_a_straightened_checkpoint_keeps_its_grid(straightened, monkeypatch):
+    for policy in (served(straightened, monkeypatch), drive.make_policy(str(straightened), None), rolled(straightened)):
+        assert policy.solver == TUNED.settings
+
+
+def test_a_straightened_checkpoint_is_refused_on_other_steps(straightened, monkeypatch):
+    with pytest.raises(GridMismatch):
+        served(straightened, monkeypatch, steps=10)
+    with pytest.raises(GridMismatch):
+        drive.make_policy(str(straightened), 10)
+    with pytest.raises(GridMismatch):
+        rolled(straightened, steps=2)
+
+
+def test_rollout_reads_a_grid_from_a_list_a_file_or_a_model_folder(checkpoint, straightened, tmp_path):
+    (tmp_path / "list.json").write_text(json.dumps(TUNED.times))
+    for given in (tmp_path / "list.json", straightened, straightened / "step_grid.json"):
+        assert rollout.settings_of(**{**UNSET, "grid": given})["grid"] == list(TUNED.times)
+        assert rolled(straightened, grid=given).solver == TUNED.settings
+    with pytest.raises(ValueError, match="exclude each other"):
+        rollout.settings_of(**{**UNSET, "grid": tmp_path / "list.json", "steps": 3})
