@@ -18,7 +18,9 @@ from headrace.flow.solver import SolverSettings
 from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.action_decoder import ActionDecoderConfig
 from headrace.robot.sizes import policy_config
-from headrace.robot.vipra import BackboneConfig, PolicyInput, VipraPolicy
+from headrace.robot.vipra import VipraPolicy
+from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_config import BackboneConfig
 
 NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 SPEC = ActionSpec(names=NAMES, frame="base_delta", rotation="euler_xyz", gripper="open_is_1", rate=20.0)

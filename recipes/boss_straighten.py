@@ -27,7 +27,9 @@ from headrace.flow.step_grid import StepGrid
 from headrace.flow.straighten import straightening_loss
 from headrace.flow.straightness import root_mean_square
 from headrace.robot.finetune import read_demonstrations
-from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
+from headrace.robot.vipra import VipraPolicy
+from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_trunk import encode_text
 from headrace.training.batches import batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule

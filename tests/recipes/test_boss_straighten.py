@@ -10,7 +10,8 @@ import torch
 from headrace.contracts import ActionSpec
 from headrace.flow.solver import SolverSettings, uniform_grid
 from headrace.flow.step_grid import GridMismatch, StepGrid
-from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy
+from headrace.robot.vipra import VipraConfig, VipraPolicy
+from headrace.robot.vipra_actor import PolicyInput
 
 SPEC = ActionSpec(names=("x", "y", "gripper"), frame="base_delta", rotation="none", gripper="open_is_1", rate=20.0)
 RECIPE = Path(__file__).parents[2] / "recipes" / "boss_straighten.py"

@@ -5,7 +5,9 @@ import torch
 
 from headrace.contracts import ActionSpec
 from headrace.flow.solver import SolverSettings
-from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy, encode_text, words_of
+from headrace.robot.vipra import VipraConfig, VipraPolicy
+from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_trunk import encode_text, words_of
 
 SPEC = ActionSpec(
     names=("x", "y", "gripper"),

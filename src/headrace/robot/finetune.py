@@ -16,7 +16,9 @@ from headrace.datasets.mixture import Mixture
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
 from headrace.robot.sizes import policy_config
-from headrace.robot.vipra import PolicyInput, VipraConfig, VipraPolicy, encode_text, words_of
+from headrace.robot.vipra import VipraConfig, VipraPolicy
+from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_trunk import encode_text, words_of
 from headrace.training.batches import ShuffledBatches, batches
 from headrace.training.loop import Fitted, Precision, fit
 from headrace.training.schedule import Schedule

@@ -11,7 +11,8 @@ from headrace.contracts import ActionChunk, ActionSpec, Observation
 from headrace.flow.solver import SolverSettings
 from headrace.flow.step_grid import settings_for
 from headrace.nn.pretrained import resolve_folder
-from headrace.robot.vipra import PolicyInput, VipraPolicy, encode_text
+from headrace.robot.vipra import VipraPolicy
+from headrace.robot.vipra_actor import PolicyInput
 
 
 class RandomPolicy:
@@ -95,7 +96,7 @@ class FlowPolicy:
             pictures.append(np.stack(past, 1))
         images = torch.from_numpy(np.stack(pictures)).to(self.device, non_blocking=True)
         states = np.stack([self._state(observation) for observation in observations])
-        text = encode_text([observation.instruction for observation in observations], config.words)
+        text = self.model.encode_text([observation.instruction for observation in observations])
         return PolicyInput(images, torch.from_numpy(states).to(self.device), text.to(self.device))
 
     def _pictures(self, observation: Observation) -> np.ndarray:

@@ -4,7 +4,8 @@ from headrace.contracts import ActionSpec
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.action_decoder import ActionDecoderConfig
-from headrace.robot.vipra import Attention, BackboneConfig, VipraConfig
+from headrace.robot.vipra import VipraConfig
+from headrace.robot.vipra_config import Attention, BackboneConfig
 
 SIZES = ("tiny", "small", "published")
 
