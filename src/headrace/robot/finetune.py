@@ -120,10 +120,16 @@ def fit_to_data(config: VipraConfig, data: Mixture | LeRobotDemos, spec: ActionS
 
 def spec_of(folder: Path, data: LeRobotDemos) -> ActionSpec:
     """A dataset's action convention: recorded by `headrace collect`, else joint targets under the dataset's names."""
-    origin = folder / "meta" / "headrace.json"
-    if origin.is_file():
-        return ActionSpec.from_dict(json.loads(origin.read_text())["spec"])
+    recorded = recorded_spec(folder)
+    if recorded is not None:
+        return recorded
     return ActionSpec(names=data.action_names, frame="joint", rotation="none", gripper="none", rate=data.fps)
+
+
+def recorded_spec(folder: Path) -> ActionSpec | None:
+    """The action convention that `headrace collect` wrote into a dataset; None for other datasets."""
+    origin = folder / "meta" / "headrace.json"
+    return ActionSpec.from_dict(json.loads(origin.read_text())["spec"]) if origin.is_file() else None
 
 
 def prepare(

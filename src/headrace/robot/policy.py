@@ -2,15 +2,19 @@
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from headrace.contracts import ActionChunk, ActionSpec, Observation
 from headrace.flow.solver import SolverSettings
 from headrace.flow.step_grid import settings_for
 from headrace.nn.pretrained import resolve_folder
+from headrace.robot.continuation import sample_after
+from headrace.robot.lerobot_checkpoint import load_network
 from headrace.robot.vipra import VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
 
@@ -74,6 +78,27 @@ class FlowPolicy:
         Raises:
             ValueError: A camera is missing, a picture has another size, or the state another length.
         """
+        return self._chunk(observations, slots, lambda inputs, noise: self.model.sample(inputs, noise, self.solver))
+
+    def act_after(
+        self, observations: list[Observation], slots: list[int], *, prefix: np.ndarray, delay: int
+    ) -> ActionChunk:
+        """Chunks that continue `prefix`, raw, (B, P, A) or (P, A), of which `delay` rows are executed in any case.
+
+        Raises:
+            ValueError: As `act`, or a prefix of another shape.
+        """
+        rows = torch.from_numpy(np.asarray(prefix, np.float32)).to(self.device)
+        rows = rows.expand(len(slots), *rows.shape[-2:])
+        return self._chunk(
+            observations,
+            slots,
+            lambda inputs, noise: sample_after(self.model, inputs, noise, self.solver, prefix=rows, delay=delay),
+        )
+
+    def _chunk(
+        self, observations: list[Observation], slots: list[int], sample: Callable[[PolicyInput, Tensor], Tensor]
+    ) -> ActionChunk:
         started = time.perf_counter()
         inputs = self._inputs(observations, slots)
         decoder = self.model.config.decoder
@@ -81,7 +106,7 @@ class FlowPolicy:
             [torch.randn(decoder.horizon, decoder.action_dim, generator=self._generators[slot]) for slot in slots]
         ).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            actions = self.model.sample(inputs, noise, self.solver)
+            actions = sample(inputs, noise)
         raw = actions.float().cpu().numpy()
         return ActionChunk(settle(raw, self.spec), (time.perf_counter() - started) * 1e3)
 
@@ -139,7 +164,7 @@ def settle(actions: np.ndarray, spec: ActionSpec) -> np.ndarray:
 
 
 def load_policy(source: str, *, solver: SolverSettings | None = None, **options: Any) -> FlowPolicy:
-    """A policy from a checkpoint folder or hub id.
+    """A policy from a checkpoint folder or hub id, ours or LeRobot's with `--policy.type=vipra`.
 
     Args:
         source: Folder or hub id.
@@ -151,5 +176,5 @@ def load_policy(source: str, *, solver: SolverSettings | None = None, **options:
         ValueError: Not a policy's folder, a truncated file, or a checkpoint that was straightened for another grid.
     """
     folder = resolve_folder(source)
-    model = VipraPolicy.from_pretrained(folder)
+    model = load_network(folder)
     return FlowPolicy(model, solver=settings_for(folder, solver), **options)
