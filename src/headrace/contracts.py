@@ -100,6 +100,18 @@ def require_same_spec(policy: ActionSpec, environment: ActionSpec) -> None:
         )
 
 
+class EpisodesLost(ConnectionError):
+    """A policy has forgotten running episodes, such as after a lost connection; the others go on.
+
+    Attributes:
+        slots: Whose episodes are lost.
+    """
+
+    def __init__(self, message: str, slots: frozenset[int] = frozenset()) -> None:
+        super().__init__(message)
+        self.slots = slots
+
+
 class ActionChunk(NamedTuple):
     """A policy's answer for a batch of observations.
 

@@ -80,6 +80,33 @@ def test_a_connection_lost_in_an_episode_is_said_and_the_next_reset_connects_aga
     assert policy.act([LOOK], [0]).actions.shape == (1, 1, 2)
 
 
+def test_an_episode_that_ran_on_the_lost_connection_does_not_go_on_with_the_new_one(serving):
+    one = pack({"actions": np.zeros((1, 2))})
+    policy = RemotePolicy(serving(HELLO, one, one, None))
+    for slot in (0, 1):
+        policy.reset(slot, seed=slot)
+    policy.act([LOOK, LOOK], [0, 1])
+    with pytest.raises(ConnectionLost) as lost:
+        policy.act([LOOK], [0])
+    assert lost.value.slots == {0}
+    policy.url = serving(HELLO, one, one)
+    policy.reset(0, seed=2)
+    with pytest.raises(ConnectionLost) as lost:
+        policy.act([LOOK, LOOK], [0, 1])
+    assert lost.value.slots == {1}
+    assert policy.act([LOOK], [0]).actions.shape == (1, 1, 2)
+
+
+def test_a_server_that_stays_away_is_looked_for_as_long_as_the_patience_lasts(serving):
+    policy = RemotePolicy(serving(HELLO, None), patience=0.2, timeout=2)
+    policy.reset(0, seed=0)
+    with pytest.raises(ConnectionLost):
+        policy.act([LOOK], [0])
+    policy.url = "ws://127.0.0.1:9"
+    with pytest.raises(ServerUnreachable):
+        policy.reset(0, seed=1)
+
+
 def test_a_server_that_does_not_answer_in_time_counts_as_lost(serving):
     quiet = threading.Event()
 

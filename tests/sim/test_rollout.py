@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from headrace.contracts import ActionChunk, ActionSpec, SpecMismatch
+from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, SpecMismatch
 from headrace.sim.rollout import RolloutSettings, roll_out
 from headrace.sim.run_folder import claim, read_episodes
 from headrace.sim.tasks import Task
@@ -181,3 +181,46 @@ def test_nothing_half_written_counts_as_results(task, tmp_path, monkeypatch):
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         RolloutSettings(episodes=0)
+
+
+class Forgetful(Pusher):
+    """Loses the episode of slot 0 at its second call, once, as a policy behind a lost connection does."""
+
+    def act(self, observations, slots):
+        if len(self.batches) == 3 and 0 in slots:
+            self.batches.append(0)
+            raise EpisodesLost("gone", frozenset({0}))
+        return super().act(observations, slots)
+
+
+def test_a_policy_that_lost_one_episode_is_asked_again_for_the_others(task, tmp_path):
+    results = run(task, Forgetful(), tmp_path / "out", episodes=4, num_envs=2)
+    rows = read_episodes(tmp_path / "out" / "episodes.jsonl")
+    assert (results["errors"], results["successes"]) == (1, 3)
+    assert [row["slot"] for row in rows if row["error"]] == [0] and "gone" in str([row["error"] for row in rows])
+
+
+def test_a_connection_lost_in_an_episode_costs_that_episode(task, tmp_path):
+    """Against a live server, cut in the middle of the second episode; the third runs on a new connection."""
+    from headrace.robot.client import RemotePolicy
+    from headrace.robot.server import ServerConfig, background
+
+    with background(Pusher(), ServerConfig(port=0)) as server:
+        remote = RemotePolicy(f"ws://127.0.0.1:{server.port}", timeout=20.0)
+        calls = []
+
+        class Cut:
+            spec = remote.spec
+            reset = staticmethod(remote.reset)
+
+            def act(self, observations, slots):
+                calls.append(1)
+                if len(calls) == 4:  # the second chunk of the second episode
+                    remote._connection.close()
+                return remote.act(observations, slots)
+
+        results = run(task, Cut(), tmp_path / "out", episodes=3)
+    rows = read_episodes(tmp_path / "out" / "episodes.jsonl")
+    assert [bool(row["error"]) for row in rows] == [False, True, False] and "lost ws://" in rows[1]["error"]
+    assert (results["errors"], results["successes"]) == (1, 2)
+    remote.close()

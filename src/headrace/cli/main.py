@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     function = getattr(import_module(module), attribute)
     try:
         status = tyro.cli(function, prog=f"headrace {name}", args=rest)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, ConnectionError) as error:
         if os.environ.get("HEADRACE_TRACEBACK"):
             raise
         print(f"headrace {name}: {error}", file=sys.stderr)

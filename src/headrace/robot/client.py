@@ -7,7 +7,7 @@ import numpy as np
 from websockets.exceptions import InvalidHandshake, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from headrace.contracts import ActionChunk, ActionSpec, Observation
+from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Observation
 from headrace.robot.wire import Limits, WireError, pack, unpack
 
 
@@ -15,8 +15,8 @@ class ServerUnreachable(ConnectionError):
     """Nothing answers at the address, or it is no policy server."""
 
 
-class ConnectionLost(ConnectionError):
-    """The server went away during an episode; the episode is lost, the next `reset` connects again."""
+class ConnectionLost(EpisodesLost):
+    """The server went away during episodes, which are lost: it remembers their history. `reset` connects again."""
 
 
 class ServerRefused(RuntimeError):
@@ -32,6 +32,7 @@ class RemotePolicy:
         url: `ws://host:port` or `wss://host:port`.
         token: Sent as `Authorization: Api-Key TOKEN`.
         timeout: Longest wait for one answer, and for the connection [s].
+        patience: How long a lost server is looked for before `reset` gives up, for one that is started again [s].
         spec: Action convention, for a server that does not tell its own (openpi's does not).
         extra: Entries added to each observation's message.
 
@@ -46,14 +47,18 @@ class RemotePolicy:
         *,
         token: str = "",
         timeout: float = 60.0,
+        patience: float = 60.0,
         spec: ActionSpec | None = None,
         extra: dict[str, Any] | None = None,
     ) -> None:
         if not url.startswith(("ws://", "wss://")):
             raise ValueError(f"a policy server's address starts with ws:// or wss://, got {url!r}")
-        self.url, self.timeout, self._token, self._extra = url, timeout, token, extra or {}
+        self.url, self.timeout, self.patience = url, timeout, patience
+        self._token, self._extra = token, extra or {}
         self._limits = Limits(message_bytes=256 << 20, array_bytes=128 << 20)
         self._starts: dict[int, int] = {}
+        self._running: set[int] = set()  # slots that this connection has seen
+        self._lost: set[int] = set()
         self._connection: ClientConnection | None = None
         self.metadata: dict[str, Any] = {}
         self._connect()
@@ -83,28 +88,48 @@ class RemotePolicy:
         self.metadata = greeting
 
     def reset(self, slot: int, *, seed: int) -> None:
-        """The next observation of `slot` starts an episode; connects again after a lost connection."""
+        """The next observation of `slot` starts an episode; connects again after a lost connection.
+
+        Raises:
+            ServerUnreachable: The server did not come back within `patience`.
+        """
         if self._connection is None:
-            self._connect()
+            self._reconnect()
+        self._lost.discard(slot)
         self._starts[slot] = seed
+
+    def _reconnect(self) -> None:
+        end = time.monotonic() + self.patience
+        while True:
+            try:
+                return self._connect()
+            except ServerUnreachable:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(min(1.0, self.patience))
 
     def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
         """Actions for each observation.
 
         Raises:
-            ConnectionLost: The server went away or did not answer in time.
+            ConnectionLost: The server went away, or did not answer in time, now or since these episodes began.
             ServerRefused: It answered with an error.
         """
-        if self._connection is None:
-            raise ConnectionLost(f"not connected to {self.url}; call reset first")
+        lost = frozenset(slots if self._connection is None else self._lost & set(slots))
+        if lost or self._connection is None:
+            raise ConnectionLost(f"the connection to {self.url} was lost in this episode; call reset first", lost)
         start = time.perf_counter()
+        self._running.update(slots)
         try:
             for observation, slot in zip(observations, slots, strict=True):
                 self._connection.send(pack(self._message(observation, slot)))
             answers = [self._connection.recv(timeout=self.timeout) for _ in slots]
         except (OSError, TimeoutError, WebSocketException) as error:
             self.close()
-            raise ConnectionLost(f"lost {self.url} during an episode: {type(error).__name__}: {error}") from error
+            self._lost |= self._running
+            self._running.clear()
+            text = f"lost {self.url} during an episode: {type(error).__name__}: {error}"
+            raise ConnectionLost(text, frozenset(slots)) from error
         actions = np.stack([self._actions(answer) for answer in answers])
         return ActionChunk(actions, (time.perf_counter() - start) * 1e3)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from headrace.contracts import ActionSpec, Observation, Policy, require_same_spec
+from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, require_same_spec
 from headrace.sim.episode import Episode
 from headrace.sim.results import hardware, summarise, total, versions
 from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, write_json
@@ -177,8 +177,12 @@ class Rollout:
         try:
             chunk = self.policy.act([observation for _, observation in asking], [slot.index for slot in slots])
         except Exception as error:
-            for slot in slots:
+            lost = error.slots if isinstance(error, EpisodesLost) and error.slots else {slot.index for slot in slots}
+            for slot in [slot for slot in slots if slot.index in lost]:
                 yield from self._failed(slot, f"the policy failed: {type(error).__name__}: {error}", busy, waiting)
+            rest = [(slot, observation) for slot, observation in asking if slot.index not in lost]
+            if rest:
+                yield from self._ask(rest, busy, waiting)
             return
         for slot, actions in zip(slots, chunk.actions, strict=True):
             slot.milliseconds.append(round(chunk.milliseconds, 3))
