@@ -288,7 +288,8 @@ def test_lerobot_rolls_it_out_on_an_arm(run, trained, monkeypatch, inference):
 
     arm = Arm()
     monkeypatch.setattr(context, "make_robot_from_config", lambda config: arm)
-    options = ["--inference.rtc.execution_horizon=3", "--inference.queue_threshold=2"] if inference == "rtc" else []
+    options = ["--inference.rtc.execution_horizon=3", "--inference.queue_threshold=3"] if inference == "rtc" else []
+    fps, duration = (2, 6) if inference == "rtc" else (FPS, 2)  # slow enough that a rest is left on a busy machine
     run(
         main,
         "--strategy.type=base",
@@ -298,11 +299,11 @@ def test_lerobot_rolls_it_out_on_an_arm(run, trained, monkeypatch, inference):
         *options,
         "--robot.type=still_arm",
         "--task=push the T",
-        f"--fps={FPS}",
-        "--duration=2",
+        f"--fps={fps}",
+        f"--duration={duration}",
         "--play_sounds=false",
     )
-    assert len(arm.sent) > 3 and np.isfinite(arm.sent).all() and np.ptp(arm.sent, 0).min() > 0
+    assert len(arm.sent) > 2 and np.isfinite(arm.sent).all() and np.ptp(arm.sent, 0).min() > 0
     assert bool(prefixes) == (inference == "rtc")
 
 

@@ -28,6 +28,8 @@ def rollout(
     timeout: float = 300.0,
     precision: Literal["fp32", "bf16"] = "fp32",
     report: bool = True,
+    ray: int = 0,
+    ray_address: str = "",
 ) -> int:
     """Run a policy in one or several tasks; writes results.json, episodes.jsonl, videos and report.html.
 
@@ -51,6 +53,8 @@ def rollout(
         timeout: Seconds after which a silent simulator counts as hung.
         precision: `bf16` runs the network in bfloat16.
         report: Write report.html.
+        ray: Spread the episodes over so many Ray workers, each with NUM_ENVS simulators; 0 runs them here.
+        ray_address: Of a running Ray cluster; by default one is started on this machine.
     """
     from headrace.sim.rollout import RolloutSettings, roll_out
     from headrace.sim.tasks import find_tasks
@@ -61,7 +65,7 @@ def rollout(
     chosen = settings_of(solver=solver, steps=steps, grid=grid, execute=execute, ensemble=ensemble, precision=precision)
     results = roll_out(
         tasks,
-        make_policy(policy, tasks, chosen),
+        None if ray else make_policy(policy, tasks, chosen),
         RolloutSettings(
             episodes=episodes,
             seed=seed,
@@ -74,6 +78,7 @@ def rollout(
         policy_name=policy,
         command=shlex.join(["headrace", *sys.argv[1:]]),
         policy_settings=chosen if policy not in ("random", "oracle") else {},
+        **on_ray(policy, tasks, chosen, workers=ray, address=ray_address),
     )
     for row in results["tasks"]:
         low, high = row["ci95"]
@@ -93,6 +98,22 @@ def rollout(
 
         print(f"report:  {write_report(folder)}")
     return int(results["errors"] > 0)
+
+
+def on_ray(policy: str, tasks: list[Any], chosen: dict[str, Any], *, workers: int, address: str) -> dict[str, Any]:
+    """Arguments of `roll_out` that spread episodes over Ray workers; none for 0 workers."""
+    if not workers:
+        return {}
+    from functools import partial
+
+    from headrace.sim.cluster import Cluster, ClusterRollout
+
+    cluster = Cluster(workers=workers, address=address)
+    return {
+        "make_rollout": partial(
+            ClusterRollout, cluster=cluster, make_policy=partial(make_policy, policy, tasks, chosen)
+        )
+    }
 
 
 def settings_of(**chosen: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class Rollout:
         self.task, self.policy, self.settings, self.folder = task, policy, settings, folder
         self.rule: SuccessRule = settings.success_rule or task.success_rule
         self.described: dict[str, Any] = {}
+        self._workers: list[Worker] = []
 
     def run(self) -> list[dict[str, Any]]:
         """Run all episodes that the folder does not hold yet; returns every row, in order of the seeds."""
@@ -86,28 +87,35 @@ class Rollout:
         waiting = deque((n, s) for n, s in enumerate(wanted) if s not in done)
         if waiting:
             bar = tqdm(total=len(wanted), initial=len(done), desc=self.task.name, unit="episode", mininterval=0.5)
-            for row in self._episodes(waiting):
-                append_line(path, row)
-                rows.append(row)
-                bar.update()
-                bar.set_postfix_str(f"success {sum(r['success'] for r in rows)}/{len(rows)}")
+            try:
+                for row in self.episodes(waiting):
+                    append_line(path, row)
+                    rows.append(row)
+                    bar.update()
+                    bar.set_postfix_str(f"success {sum(r['success'] for r in rows)}/{len(rows)}")
+            finally:
+                self.close()
             bar.close()
         return sorted(rows, key=lambda row: row["seed"])
 
-    def _episodes(self, waiting: deque[tuple[int, int]]) -> Iterator[dict[str, Any]]:
-        count = min(self.settings.num_envs, len(waiting))
-        workers = [Worker(self.task, rule=self.rule, keep_frames=True) for _ in range(count)]
-        try:
-            self.described = self._describe(workers[0])
+    def episodes(self, waiting: deque[tuple[int, int]]) -> Iterator[dict[str, Any]]:
+        """Rows of the episodes (number, seed), as they end; the simulators stay open for the next call."""
+        for _ in range(len(self._workers), min(self.settings.num_envs, len(waiting))):
+            self._workers.append(Worker(self.task, rule=self.rule, keep_frames=True))
+        if not self.described:
+            self.described = self._describe(self._workers[0])
             if self.policy is not None:
                 require_same_spec(self.policy.spec, ActionSpec.from_dict(self.described["spec"]))
-            slots = [_Slot(index, worker) for index, worker in enumerate(workers)]
-            busy = [slot for slot in slots if self._begin(slot, waiting)]
-            while busy:
-                yield from self._advance(busy, waiting)
-        finally:
-            for worker in workers:
-                worker.close()
+        slots = [_Slot(index, worker) for index, worker in enumerate(self._workers)]
+        busy = [slot for slot in slots if self._begin(slot, waiting)]
+        while busy:
+            yield from self._advance(busy, waiting)
+
+    def close(self) -> None:
+        """End the simulators."""
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
 
     def _describe(self, worker: Worker) -> dict[str, Any]:
         """What the environment declares; the first answer waits for the simulator to be imported and built.
@@ -126,7 +134,7 @@ class Rollout:
         slot.number, slot.seed = waiting.popleft()
         slot.milliseconds = []
         if self.policy is None:
-            self._send(slot, "expert", slot.seed, self._video(slot))
+            self._send(slot, "expert", slot.seed, self._video(slot.number, slot.seed))
         else:
             self.policy.reset(slot.index, seed=slot.seed)
             self._send(slot, "start", slot.seed)
@@ -136,9 +144,9 @@ class Rollout:
         slot.answered, slot.sent_at = command, time.monotonic()
         slot.worker.send(command, *arguments)
 
-    def _video(self, slot: _Slot) -> str | None:
-        name = f"{self.task.name.replace('/', '_')}_{slot.seed}.mp4"
-        return str(self.folder / "videos" / name) if slot.number < self.settings.videos else None
+    def _video(self, number: int, seed: int) -> str | None:
+        name = f"{self.task.name.replace('/', '_')}_{seed}.mp4"
+        return str(self.folder / "videos" / name) if number < self.settings.videos else None
 
     def _advance(self, busy: list[_Slot], waiting: deque[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Take the answers that are there, ask the policy once for all that need actions, report finished episodes."""
@@ -156,7 +164,7 @@ class Rollout:
             elif slot.answered == "run":
                 observation, ended = answer
                 if ended:
-                    self._send(slot, "finish", self._video(slot))
+                    self._send(slot, "finish", self._video(slot.number, slot.seed))
                 else:
                     asking.append((slot, observation))
             else:
@@ -197,12 +205,18 @@ class Rollout:
             busy.remove(slot)
 
     def _row(self, slot: _Slot, episode: Episode) -> dict[str, Any]:
-        reading, video = episode.success, self._video(slot)
+        return self.row(episode, slot.number, slot.seed, slot=slot.index, milliseconds=slot.milliseconds)
+
+    def row(
+        self, episode: Episode, number: int, seed: int, *, slot: int = 0, milliseconds: list[float] | None = None
+    ) -> dict[str, Any]:
+        """What `episodes.jsonl` keeps of an episode."""
+        reading, video = episode.success, self._video(number, seed)
         written = video is not None and Path(video).exists()
         return {
             "task": self.task.name,
-            "episode": slot.number,
-            "seed": slot.seed,
+            "episode": number,
+            "seed": seed,
             "success": episode.error is None and reading.under(self.rule),
             "success_rule": self.rule,
             "success_once": reading.once,
@@ -212,9 +226,9 @@ class Rollout:
             "seconds": round(episode.seconds, 3),
             "error": episode.error,
             "readings": {key: round(value, 5) for key, value in episode.readings.items()},
-            "policy_ms": slot.milliseconds,
+            "policy_ms": milliseconds or [],
             "video": os.path.relpath(video, self.folder) if written and video else None,
-            "slot": slot.index,
+            "slot": slot,
             "instruction": episode.instruction,
             "actions": [[round(float(v), 5) for v in action] for action in episode.actions],
             "states": [[round(float(v), 5) for v in state] for state in episode.states],
@@ -230,6 +244,7 @@ def roll_out(
     policy_name: str,
     command: str = "",
     policy_settings: dict[str, Any] | None = None,
+    make_rollout: Callable[[Task, Policy | None, RolloutSettings, Path], Rollout] = Rollout,
 ) -> dict[str, Any]:
     """Roll a policy out in tasks and write `results.json`; returns what it holds.
 
@@ -243,6 +258,7 @@ def roll_out(
         policy_name: What the user called the policy.
         command: The command line, for the report.
         policy_settings: Solver, chunk execution and the like, for the report and for comparing when resuming.
+        make_rollout: Where the episodes run; here by default, `headrace.sim.cluster` spreads them.
 
     Raises:
         FileExistsError: The folder is in use, or holds another run.
@@ -261,7 +277,7 @@ def roll_out(
         described: dict[str, Any] = {}
         for task in tasks:
             started = time.perf_counter()
-            rollout = Rollout(task, policy, settings, folder)
+            rollout = make_rollout(task, policy, settings, folder)
             rows = rollout.run()
             described = rollout.described or described
             results.append(summarise(task.name, rows, seconds=time.perf_counter() - started))
