@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.nn.pretrained import (
@@ -22,6 +21,7 @@ from headrace.nn.pretrained import (
     resolve_folder,
 )
 from headrace.robot.vipra import VipraConfig, VipraPolicy
+from headrace.vlm.video_language_model import TOKENIZER_FOLDER
 
 POLICY_TYPE = "vipra"
 PREFIX = "model."
@@ -53,7 +53,24 @@ def load_network(source: str | Path) -> VipraPolicy:
     model = VipraPolicy(config)
     state = {key.removeprefix(PREFIX): value for key, value in read_weights(folder / WEIGHTS_FILE).items()}
     load_strictly(model, state, what=str(folder))
+    read_tokenizer(model, folder)
     return model.eval()
+
+
+def read_tokenizer(model: VipraPolicy, folder: Path) -> None:
+    """Give a network that reads a tokenizer's ids the tokenizer that was saved beside its weights.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    if not model.config.text_vocabulary:
+        return
+    place = folder / TOKENIZER_FOLDER
+    if not place.is_dir():
+        raise FileNotFoundError(f"{place} is missing; download the whole checkpoint folder and give its path")
+    from transformers import AutoTokenizer
+
+    model.tokenizer = AutoTokenizer.from_pretrained(place)
 
 
 def network_config(data: dict[str, Any]) -> VipraConfig:
@@ -122,8 +139,3 @@ def affine(mode: str, stats: dict[str, np.ndarray], *, dividing: bool) -> Normal
         width = np.where(second == first, EPSILON, second - first)
         shift, scale = first + width / 2, width / 2
     return NormalizerConfig(shift=tuple(map(float, shift)), scale=tuple(map(float, scale)))
-
-
-def lerobot_weights(model: VipraPolicy) -> dict[str, torch.Tensor]:
-    """A network's weights under the keys of LeRobot's folder."""
-    return {PREFIX + key: value for key, value in model.state_dict().items()}

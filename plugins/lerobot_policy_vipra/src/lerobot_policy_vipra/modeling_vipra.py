@@ -19,10 +19,11 @@ from headrace.flow.solver import SolverSettings
 from headrace.nn.pretrained import load_strictly, read_weights
 from headrace.robot.continuation import sample_after
 from headrace.robot.finetune import parameter_groups, still
-from headrace.robot.lerobot_checkpoint import PREFIX, load_network, network_config
+from headrace.robot.lerobot_checkpoint import PREFIX, load_network, network_config, read_tokenizer
 from headrace.robot.policy import settle
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
+from headrace.vlm.video_language_model import TOKENIZER_FOLDER
 from lerobot_policy_vipra.configuration_vipra import LeRobotVipraConfig
 from lerobot_policy_vipra.new_network import camera_name, from_features
 
@@ -55,7 +56,9 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         require_features(config, ours)
         self.model = VipraPolicy(ours)
         if config.init is not None and config.pretrained_path is None:
-            self.model.load_state_dict(load_network(config.init).state_dict())
+            trained = load_network(config.init)
+            self.model.load_state_dict(trained.state_dict())
+            self.model.tokenizer = trained.tokenizer
         self.solver = SolverSettings(method="euler", steps=config.num_inference_steps)
         self.spec: ActionSpec = ours.action_spec
         self.reset()
@@ -79,7 +82,14 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         """Weights that fit entirely, or an error: LeRobot's own way would leave missing ones random."""
         state = {key.removeprefix(PREFIX): value for key, value in read_weights(Path(model_file)).items()}
         load_strictly(model.model, state, what=model_file)
+        read_tokenizer(model.model, Path(model_file).parent)
         return model
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """LeRobot's files, and the text tokenizer of a network that reads one's ids."""
+        super()._save_pretrained(save_directory, state_dict=state_dict)
+        if self.model.tokenizer is not None:
+            self.model.tokenizer.save_pretrained(save_directory / TOKENIZER_FOLDER)
 
     def get_optim_params(self) -> list[dict[str, Any]]:
         """Matrices with weight decay, the rest without."""
