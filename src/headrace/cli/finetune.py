@@ -10,6 +10,13 @@ def finetune(
     out: Path,
     init: str = "scratch",
     size: Literal["tiny", "small", "published"] = "small",
+    head: Literal["flow", "bins"] = "flow",
+    bins: int = 2047,
+    demonstrations: int | None = None,
+    history: tuple[int, ...] | None = None,
+    override: tuple[Literal["history", "rate"], ...] = (),
+    lam: Path | None = None,
+    lora: int = 0,
     steps: int = 10_000,
     batch_size: int = 64,
     lr: float = 5e-4,
@@ -18,13 +25,20 @@ def finetune(
     resume: bool = False,
     track: tuple[Literal["tensorboard", "wandb"], ...] = (),
 ) -> int:
-    """Train a flow-matching policy on LeRobot datasets and save it to OUT/model.
+    """Train a policy on LeRobot datasets and save it to OUT/model.
 
     Args:
         dataset: Folders or Hub ids of LeRobotDatasets v3.0, with one set of cameras and actions.
         out: Run folder with checkpoints and log; the policy ends in its `model` folder.
-        init: Checkpoint to go on from, or `scratch`.
+        init: `scratch`, a policy to go on from, or a network from `headrace pretrain`.
         size: Network size when from scratch.
+        head: `flow` (ViPRA-FM) or `bins` (ViPRA-AR); a policy to go on from has its own.
+        bins: Bins per number, for `bins`.
+        demonstrations: Episodes of each dataset; all if not given.
+        history: Frames seen, such as -1 0, where it is to differ from pretraining's (needs --override history).
+        override: Differences from pretraining that are wanted.
+        lam: Latent action model that the pretraining must have learned from; another one is refused.
+        lora: Rank of low-rank adapters on the transformer, which then stays as it is; 0 trains everything.
         steps: Updates.
         batch_size: Samples per update, over all processes.
         lr: Peak learning rate.
@@ -33,13 +47,36 @@ def finetune(
         resume: Go on with an interrupted run, exactly.
         track: Also log to TensorBoard or Weights & Biases.
     """
-    from headrace.robot.finetune import FinetuneSettings, prepare, train_policy
+    from headrace.robot.carry_over import parameter_share
+    from headrace.robot.finetune import FinetuneSettings, train_policy
+    from headrace.robot.label_clips import model_hash
+    from headrace.robot.latent_action import LatentActionModel
+    from headrace.robot.lora import LoraSettings, add_adapters
+    from headrace.robot.policy_start import Start, prepare
 
-    model, data = prepare(dataset, init=init, size=size, seed=seed)
-    settings = FinetuneSettings(steps=steps, batch_size=batch_size, lr=lr, seed=seed, precision=precision)
-    fitted = train_policy(
-        model, data, settings, out, resume=resume, trackers=track, facts={"dataset": list(dataset), "init": init}
+    start = Start(
+        init=init,
+        size=size,
+        head=head,
+        bins=bins,
+        demonstrations=demonstrations,
+        history=history,
+        override=override,
+        lam_hash=None if lam is None else model_hash(LatentActionModel.from_pretrained(lam)),
+        seed=seed,
     )
+    model, data, report = prepare(dataset, start)
+    if report is not None:
+        print(f"{parameter_share(report, model):.0%} of the numbers are from {init}; fresh: {_heads(report.fresh)}")
+    if lora:
+        print(f"{add_adapters(model, LoraSettings(rank=lora, alpha=2 * lora)):,} numbers in adapters of rank {lora}")
+    settings = FinetuneSettings(steps=steps, batch_size=batch_size, lr=lr, seed=seed, precision=precision)
+    facts = {"dataset": list(dataset), "init": init, "demonstrations": demonstrations, "lora": lora}
+    fitted = train_policy(model, data, settings, out, resume=resume, trackers=track, facts=facts)
     print(f"{fitted.step} updates in {fitted.seconds:.0f} s; the policy: {out / 'model'}")
     print(f"try it: headrace rollout {out / 'model'} --task TASK --episodes 24")
     return 0
+
+
+def _heads(names: tuple[str, ...]) -> str:
+    return ", ".join(sorted({name.split(".")[0] for name in names}))

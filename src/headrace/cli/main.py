@@ -9,6 +9,7 @@ from importlib import import_module
 COMMANDS: dict[str, tuple[str, str]] = {
     "rollout": ("headrace.cli.rollout:rollout", "run a policy in a simulator and write a report"),
     "collect": ("headrace.cli.collect:collect", "demonstrations from a scripted expert, as a LeRobotDataset"),
+    "pretrain": ("headrace.cli.pretrain:pretrain", "train ViPRA's video-language model on labelled videos"),
     "finetune": ("headrace.cli.finetune:finetune", "train a policy on demonstrations"),
     "serve": ("headrace.cli.serve:serve", "answer observations over a websocket, in openpi's protocol"),
     "drive": ("headrace.cli.drive:drive", "run a policy on an arm, on a mock arm, or on a recording"),

@@ -165,4 +165,4 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
     policy = load_policy(name, solver=solver, precision=chosen["precision"])
     if "ensemble" in chosen:
         return TemporalEnsemble(policy)
-    return RecedingHorizon(policy, chosen.get("execute") or max(1, policy.model.config.decoder.horizon // 2))
+    return RecedingHorizon(policy, chosen.get("execute") or max(1, policy.horizon // 2))

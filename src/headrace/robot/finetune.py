@@ -1,8 +1,10 @@
-"""Training a policy on demonstrations: from scratch, or from a checkpoint."""
+"""Training a policy on demonstrations; `headrace.robot.policy_start` says where it begins."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +17,17 @@ from headrace.datasets.lerobot_demos import DemoBatch, LeRobotDemos
 from headrace.datasets.mixture import Mixture
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
-from headrace.robot.sizes import policy_config
+from headrace.robot.lora import without_adapters
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_bins import VipraBins
+from headrace.robot.vipra_config import ActorConfig
 from headrace.robot.vipra_trunk import encode_text, words_of
 from headrace.training.batches import ShuffledBatches, batches
 from headrace.training.loop import Fitted, Precision, fit
 from headrace.training.schedule import Schedule
 
+EncodeText = Callable[[Sequence[str]], Tensor]
 MODEL_FOLDER = "model"
 
 
@@ -39,7 +44,6 @@ class FinetuneSettings:
         state_noise: Standard deviation of noise on the normalised state; keeps a policy from trusting it blindly.
         ema: Decay of the averaged weights that are saved.
         precision: `bf16` is several times faster where the processor multiplies it natively.
-        draws: Overrides the config's draws of (time, noise) per sample.
     """
 
     steps: int = 10_000
@@ -66,10 +70,11 @@ class TrainingInput(NamedTuple):
 
 def read_demonstrations(
     sources: Sequence[str | Path],
-    config: VipraConfig | None = None,
+    config: ActorConfig | None = None,
     *,
     horizon: int = 14,
     history: Sequence[int] = (0,),
+    demonstrations: int | None = None,
 ) -> Mixture | LeRobotDemos:
     """Datasets, one or several, read for a policy.
 
@@ -77,25 +82,34 @@ def read_demonstrations(
         sources: Folders or hub ids.
         config: The checkpoint that is trained further; cameras, sizes and windows are its own.
         horizon, history: Windows where there is no checkpoint yet.
+        demonstrations: So many episodes of each dataset, from its first; None for all.
 
     Raises:
-        ValueError: A dataset lacks the checkpoint's cameras or has another action or state size; names both.
+        ValueError: A dataset lacks the checkpoint's cameras, has another action or state size, or fewer episodes than
+            asked for; names both.
     """
     if not sources:
         raise ValueError("name at least one dataset")
     options: dict[str, Any] = {"horizon": horizon, "history": tuple(history)}
     if config is not None:
         options = {
-            "horizon": config.decoder.horizon,
+            "horizon": horizon_of(config),
             "history": config.history,
             "cameras": config.cameras,
-            "action_dim": config.decoder.action_dim,
+            "action_dim": config.action_spec.dim,
             "state": ("observation.state",) if config.state_names else (),
             "state_dim": len(config.state_names),
             "image_size": (config.camera_size, config.camera_size),
         }
+    if demonstrations is not None:
+        options["episodes"] = range(demonstrations)
     datasets = [LeRobotDemos(source, **options) for source in sources]
     return datasets[0] if len(datasets) == 1 else Mixture(datasets)
+
+
+def horizon_of(config: ActorConfig) -> int:
+    """Actions per chunk."""
+    return config.decoder.horizon if isinstance(config, VipraConfig) else config.horizon  # type: ignore[attr-defined]
 
 
 def fit_to_data(config: VipraConfig, data: Mixture | LeRobotDemos, spec: ActionSpec) -> VipraConfig:
@@ -107,12 +121,13 @@ def fit_to_data(config: VipraConfig, data: Mixture | LeRobotDemos, spec: ActionS
     first = data.datasets[0] if isinstance(data, Mixture) else data
     mask = [name != "gripper" for name in spec.names]
     has_state = first.state_dim > 0
+    words = () if config.text_vocabulary else words_of([*config.words, *instructions_of(data)])
     return replace(
         config,
         spec=spec.to_dict(),
         cameras=first.cameras,
         state_names=first.state_names if has_state else (),
-        words=words_of(instructions_of(data)),
+        words=words,
         action_normalizer=NormalizerConfig.from_statistics(data.action_statistics, mask=mask),
         state_normalizer=NormalizerConfig.from_statistics(data.state_statistics) if has_state else None,
     )
@@ -132,32 +147,6 @@ def recorded_spec(folder: Path) -> ActionSpec | None:
     return ActionSpec.from_dict(json.loads(origin.read_text())["spec"]) if origin.is_file() else None
 
 
-def prepare(
-    sources: Sequence[str | Path], *, init: str = "scratch", size: str = "small", seed: int = 0
-) -> tuple[VipraPolicy, Mixture | LeRobotDemos]:
-    """A network and the demonstrations to train it on.
-
-    From a checkpoint the statistics, words and action convention stay the checkpoint's own, so that what it learned
-    keeps its meaning.
-
-    Raises:
-        ValueError: The datasets do not fit the checkpoint, each other, or the size.
-        FileNotFoundError: No such dataset or checkpoint.
-    """
-    if init != "scratch":
-        model = VipraPolicy.from_pretrained(init)
-        return model.train(), read_demonstrations(sources, model.config)
-    first = LeRobotDemos(sources[0])
-    spec = spec_of(first.folder, first)
-    height, width = first.image_size or (0, 0)
-    if height != width:
-        raise ValueError(f"the cameras give {height} x {width} px; policies take square pictures, so crop them first")
-    config = policy_config(size, spec, cameras=first.cameras, camera_size=height)
-    data = read_demonstrations(sources, horizon=config.decoder.horizon, history=config.history)
-    torch.manual_seed(seed)
-    return VipraPolicy(fit_to_data(config, data, spec)), data
-
-
 def instructions_of(data: Mixture | LeRobotDemos) -> list[str]:
     """Every different instruction of the datasets."""
     datasets = data.datasets if isinstance(data, Mixture) else [data]
@@ -167,8 +156,9 @@ def instructions_of(data: Mixture | LeRobotDemos) -> list[str]:
 class _Augment:
     """Turns demonstrations into training batches, in the loading thread."""
 
-    def __init__(self, config: VipraConfig, settings: FinetuneSettings) -> None:
+    def __init__(self, config: ActorConfig, settings: FinetuneSettings, encode: EncodeText | None = None) -> None:
         self.config, self.settings = config, settings
+        self.encode: EncodeText = encode or partial(encode_text, words=config.words)
         scale = config.state_normalizer.scale if config.state_normalizer else ()
         self.scale = torch.tensor(scale)
 
@@ -180,7 +170,7 @@ class _Augment:
         state = batch.state
         if settings.state_noise and len(self.scale):
             state = state + settings.state_noise * self.scale * torch.randn(state.shape, generator=generator)
-        text = encode_text(batch.instructions, config.words)
+        text = self.encode(batch.instructions)
         actions = still(batch.actions, batch.action_is_pad, config.action_spec)
         return TrainingInput(PolicyInput(images, state, text), actions, torch.ones_like(batch.action_is_pad))
 
@@ -196,12 +186,14 @@ def still(actions: Tensor, is_pad: Tensor, spec: ActionSpec) -> Tensor:
     return torch.where(is_pad[..., None] & moving, torch.zeros((), dtype=actions.dtype), actions)
 
 
-def training_batches(data: Mixture | LeRobotDemos, config: VipraConfig, settings: FinetuneSettings) -> ShuffledBatches:
-    """Augmented training batches; batch k depends on (seed, k) only."""
-    return batches(data, settings.batch_size, seed=settings.seed, transform=_Augment(config, settings))
+def training_batches(
+    data: Mixture | LeRobotDemos, config: ActorConfig, settings: FinetuneSettings, encode: EncodeText | None = None
+) -> ShuffledBatches:
+    """Augmented training batches; batch k depends on (seed, k) only. `encode` in place of the config's words."""
+    return batches(data, settings.batch_size, seed=settings.seed, transform=_Augment(config, settings, encode))
 
 
-def policy_loss(model: VipraPolicy, batch: TrainingInput, generator: torch.Generator) -> dict[str, Tensor]:
+def policy_loss(model: VipraPolicy | VipraBins, batch: TrainingInput, generator: torch.Generator) -> dict[str, Tensor]:
     """Loss as `fit` calls it."""
     return model.loss(batch.inputs, batch.actions, batch.valid, generator)
 
@@ -215,7 +207,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def train_policy(
-    model: VipraPolicy,
+    model: VipraPolicy | VipraBins,
     data: Mixture | LeRobotDemos,
     settings: FinetuneSettings,
     out: Path,
@@ -224,7 +216,7 @@ def train_policy(
     trackers: tuple[Any, ...] = (),
     facts: dict[str, Any] | None = None,
 ) -> Fitted:
-    """Train a policy and save it, averaged weights, to `out/model`.
+    """Train a policy and save it, averaged weights with adapters merged in, to `out/model`.
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False.
@@ -240,7 +232,7 @@ def train_policy(
         model,
         policy_loss,
         optimizer,
-        training_batches(data, model.config, settings),
+        training_batches(data, model.config, settings, model.encode_text),
         steps=settings.steps,
         out=out,
         resume=resume,
@@ -253,19 +245,18 @@ def train_policy(
         trackers=trackers,
         settings={"finetune": vars(settings), **(facts or {})},
     )
-    if fitted.ema is not None:
-        with fitted.ema.applied_to(model):
-            model.save_pretrained(out / MODEL_FOLDER)
-    else:
-        model.save_pretrained(out / MODEL_FOLDER)
+    with fitted.ema.applied_to(model) if fitted.ema is not None else nullcontext():
+        without_adapters(model).save_pretrained(out / MODEL_FOLDER)
     return fitted
 
 
-def held_out_loss(model: VipraPolicy, data: Mixture | LeRobotDemos, *, samples: int = 256, seed: int = 0) -> float:
-    """Flow-matching loss on `samples` random samples, with fixed noise; lower is better, not a success rate."""
+def held_out_loss(
+    model: VipraPolicy | VipraBins, data: Mixture | LeRobotDemos, *, samples: int = 256, seed: int = 0
+) -> float:
+    """The model's loss on `samples` random samples, with fixed noise; lower is better, not a success rate."""
     generator = torch.Generator().manual_seed(seed)
     order = np.random.default_rng(seed).permutation(len(data))[:samples]
     settings = FinetuneSettings(move=0, state_noise=0.0)
-    batch = _Augment(model.config, settings)(data.batch(order), generator)
+    batch = _Augment(model.config, settings, model.encode_text)(data.batch(order), generator)
     with torch.inference_mode():
         return float(model.eval().loss(batch.inputs, batch.actions, batch.valid, generator)["total"])

@@ -12,11 +12,12 @@ from torch import Tensor
 from headrace.contracts import ActionChunk, ActionSpec, Observation
 from headrace.flow.solver import SolverSettings
 from headrace.flow.step_grid import settings_for
-from headrace.nn.pretrained import resolve_folder
+from headrace.nn.pretrained import read_config, resolve_folder
 from headrace.robot.continuation import sample_after
 from headrace.robot.lerobot_checkpoint import load_network
 from headrace.robot.vipra import VipraPolicy
-from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_actor import PolicyInput, VipraActor
+from headrace.robot.vipra_bins import VipraBins
 
 
 class RandomPolicy:
@@ -38,6 +39,70 @@ class RandomPolicy:
         return ActionChunk(np.asarray(chunks, np.float32), 0.0)
 
 
+class ObservationHistory:
+    """Observations as what a network sees; keeps each slot's past frames.
+
+    Args:
+        model: The network; inputs go to its device.
+    """
+
+    def __init__(self, model: VipraActor) -> None:
+        self.model, self.config = model, model.config
+        self._frames: dict[int, deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=1 - self.config.history[0]))
+
+    def reset(self, slot: int) -> None:
+        """Forget a slot's frames."""
+        self._frames[slot].clear()
+
+    def inputs(self, observations: list[Observation], slots: list[int]) -> PolicyInput:
+        """Inputs of the present step; frames before an episode's first are taken to equal it.
+
+        Raises:
+            ValueError: A camera is missing, a picture has another size, or the state another length.
+        """
+        pictures = []
+        for observation, slot in zip(observations, slots, strict=True):
+            frames = self._frames[slot]
+            frames.append(self._pictures(observation))
+            past = [frames[max(len(frames) - 1 + step, 0)] for step in self.config.history]
+            pictures.append(np.stack(past, 1))
+        device = self.model.device
+        images = torch.from_numpy(np.stack(pictures)).to(device, non_blocking=True)
+        states = np.stack([self._state(observation) for observation in observations])
+        text = self.model.encode_text([observation.instruction for observation in observations])
+        return PolicyInput(images, torch.from_numpy(states).to(device), text.to(device))
+
+    def _pictures(self, observation: Observation) -> np.ndarray:
+        config = self.config
+        absent = [camera for camera in config.cameras if camera not in observation.images]
+        if absent:
+            raise ValueError(
+                f"the policy needs the cameras {', '.join(config.cameras)}; "
+                f"the observation has {', '.join(observation.images) or 'none'}"
+            )
+        pictures = [observation.images[camera] for camera in config.cameras]
+        size = config.camera_size
+        for camera, picture in zip(config.cameras, pictures, strict=True):
+            if picture.shape != (size, size, 3):
+                raise ValueError(f"camera {camera} must give ({size}, {size}, 3) pictures, got {picture.shape}")
+        return np.stack(pictures)
+
+    def _state(self, observation: Observation) -> np.ndarray:
+        names = self.config.state_names
+        if len(observation.state) != len(names) and names:
+            raise ValueError(f"the policy needs a state of {len(names)} numbers, got {len(observation.state)}")
+        return observation.state.astype(np.float32)[: len(names)]
+
+
+def _place(model: VipraActor, device: str | None, precision: str) -> torch.device:
+    """Move a network to where it runs, in eval mode."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(chosen).eval()
+    return chosen
+
+
 class FlowPolicy:
     """A `VipraPolicy` network that acts: it keeps each slot's history of frames and its own noise.
 
@@ -56,20 +121,21 @@ class FlowPolicy:
         device: str | None = None,
         precision: str = "fp32",
     ) -> None:
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device).eval()
+        self.device = _place(model, device, precision)
+        self.model, self.precision = model, precision
         self.solver = solver or SolverSettings(method="euler", steps=10)
-        self.precision = precision
-        config = model.config
-        self.spec: ActionSpec = config.action_spec
-        self._frames: dict[int, deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=1 - config.history[0]))
+        self.spec: ActionSpec = model.config.action_spec
+        self._history = ObservationHistory(model)
         self._generators: dict[int, torch.Generator] = {}
+
+    @property
+    def horizon(self) -> int:
+        """Actions per chunk."""
+        return self.model.config.decoder.horizon
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: no history, noise from `seed`."""
-        self._frames[slot].clear()
+        self._history.reset(slot)
         self._generators[slot] = torch.Generator().manual_seed(seed)
 
     def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
@@ -100,7 +166,7 @@ class FlowPolicy:
         self, observations: list[Observation], slots: list[int], sample: Callable[[PolicyInput, Tensor], Tensor]
     ) -> ActionChunk:
         started = time.perf_counter()
-        inputs = self._inputs(observations, slots)
+        inputs = self._history.inputs(observations, slots)
         decoder = self.model.config.decoder
         noise = torch.stack(
             [torch.randn(decoder.horizon, decoder.action_dim, generator=self._generators[slot]) for slot in slots]
@@ -110,40 +176,37 @@ class FlowPolicy:
         raw = actions.float().cpu().numpy()
         return ActionChunk(settle(raw, self.spec), (time.perf_counter() - started) * 1e3)
 
-    def _inputs(self, observations: list[Observation], slots: list[int]) -> PolicyInput:
-        config = self.model.config
-        pictures = []
-        for observation, slot in zip(observations, slots, strict=True):
-            frames = self._frames[slot]
-            frames.append(self._pictures(observation))
-            # Frames before the episode's first are taken to equal it.
-            past = [frames[max(len(frames) - 1 + step, 0)] for step in config.history]
-            pictures.append(np.stack(past, 1))
-        images = torch.from_numpy(np.stack(pictures)).to(self.device, non_blocking=True)
-        states = np.stack([self._state(observation) for observation in observations])
-        text = self.model.encode_text([observation.instruction for observation in observations])
-        return PolicyInput(images, torch.from_numpy(states).to(self.device), text.to(self.device))
 
-    def _pictures(self, observation: Observation) -> np.ndarray:
-        config = self.model.config
-        absent = [camera for camera in config.cameras if camera not in observation.images]
-        if absent:
-            raise ValueError(
-                f"the policy needs the cameras {', '.join(config.cameras)}; "
-                f"the observation has {', '.join(observation.images) or 'none'}"
-            )
-        pictures = [observation.images[camera] for camera in config.cameras]
-        size = config.camera_size
-        for camera, picture in zip(config.cameras, pictures, strict=True):
-            if picture.shape != (size, size, 3):
-                raise ValueError(f"camera {camera} must give ({size}, {size}, 3) pictures, got {picture.shape}")
-        return np.stack(pictures)
+class BinsPolicy:
+    """A `VipraBins` network that acts, taking the most likely bin of every number.
 
-    def _state(self, observation: Observation) -> np.ndarray:
-        names = self.model.config.state_names
-        if len(observation.state) != len(names) and names:
-            raise ValueError(f"the policy needs a state of {len(names)} numbers, got {len(observation.state)}")
-        return observation.state.astype(np.float32)[: len(names)]
+    Args:
+        model: The network, with its bins.
+        device, precision: As in `FlowPolicy`.
+    """
+
+    def __init__(self, model: VipraBins, *, device: str | None = None, precision: str = "fp32") -> None:
+        self.device = _place(model, device, precision)
+        self.model, self.precision = model, precision
+        self.spec: ActionSpec = model.config.action_spec
+        self._history = ObservationHistory(model)
+
+    @property
+    def horizon(self) -> int:
+        """Actions per chunk."""
+        return self.model.config.horizon
+
+    def reset(self, slot: int, *, seed: int) -> None:
+        """Start an episode; nothing is drawn, so the seed changes nothing."""
+        self._history.reset(slot)
+
+    def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
+        """Action chunks as in `FlowPolicy.act`."""
+        started = time.perf_counter()
+        inputs = self._history.inputs(observations, slots)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            raw = self.model.sample(inputs).float().cpu().numpy()
+        return ActionChunk(settle(raw, self.spec), (time.perf_counter() - started) * 1e3)
 
 
 def settle(actions: np.ndarray, spec: ActionSpec) -> np.ndarray:
@@ -163,18 +226,23 @@ def settle(actions: np.ndarray, spec: ActionSpec) -> np.ndarray:
     return clipped
 
 
-def load_policy(source: str, *, solver: SolverSettings | None = None, **options: Any) -> FlowPolicy:
+def load_policy(source: str, *, solver: SolverSettings | None = None, **options: Any) -> FlowPolicy | BinsPolicy:
     """A policy from a checkpoint folder or hub id, ours or LeRobot's with `--policy.type=vipra`.
 
     Args:
         source: Folder or hub id.
         solver: How the flow is followed; by default as the grid saved with the checkpoint says, else ten Euler steps.
-        options: Go to `FlowPolicy`.
+        options: Go to `FlowPolicy` or `BinsPolicy`.
 
     Raises:
         FileNotFoundError: No such folder or hub id.
-        ValueError: Not a policy's folder, a truncated file, or a checkpoint that was straightened for another grid.
+        ValueError: Not a policy's folder, a truncated file, a checkpoint that was straightened for another grid, or a
+            solver for a policy without a flow.
     """
     folder = resolve_folder(source)
+    if read_config(folder).get("model") == VipraBins.__name__:
+        if solver is not None:
+            raise ValueError(f"{source} writes action bins and follows no flow; leave the solver out")
+        return BinsPolicy(VipraBins.from_pretrained(folder), **options)
     model = load_network(folder)
     return FlowPolicy(model, solver=settings_for(folder, solver), **options)

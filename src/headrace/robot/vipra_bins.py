@@ -5,7 +5,7 @@ table and one head. Source: arXiv 2511.07732, sroutray/vipra@d5d8c0d, field stri
 """
 # Shape letters: B batch, N prefix length, H horizon, A action dimension, D width, K bins.
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from headrace.nn.shapes import expect_shape
 from headrace.robot.action_bins import ActionBins, ActionBinsConfig
 from headrace.robot.vipra import VipraConfig
 from headrace.robot.vipra_actor import PolicyInput, Prefix, VipraActor
-from headrace.robot.vipra_config import ActorConfig
+from headrace.robot.vipra_config import ActorConfig, shared_fields
 from headrace.robot.vipra_trunk import additive, positions, with_ends
 from headrace.vlm.sequence import Field, SequenceLayout
 from headrace.vlm.vipra_sequences import finetuning
@@ -45,11 +45,10 @@ class VipraBinsConfig(ActorConfig):
     def tiny(cls, spec: ActionSpec) -> "VipraBinsConfig":
         """A one-second version for tests: the tiny flow policy's trunk and eight even bins."""
         flow = VipraConfig.tiny(spec)
-        shared = {field.name: getattr(flow, field.name) for field in fields(ActorConfig)}
         edges = tuple(i / 4 - 1 for i in range(9))
         middles = tuple(i / 4 - 0.875 for i in range(8))
         bins = ActionBinsConfig(edges=(edges,) * spec.dim, values=(middles,) * spec.dim)
-        return cls(**shared, bins=bins, horizon=4)
+        return cls(**shared_fields(flow, ActorConfig), bins=bins, horizon=4)
 
 
 class VipraBins(VipraActor):

@@ -1,6 +1,6 @@
 """Settings that all of ViPRA's networks share: the transformer, and what it sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from transformers import LlamaConfig
@@ -15,15 +15,22 @@ Attention = Literal["causal", "bidirectional"]
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """A LLaMA-shaped decoder; the defaults are LWM-Chat-1M's, which ViPRA builds on."""
+    """A LLaMA-shaped decoder; the defaults are LWM-Chat-1M's, which ViPRA builds on.
+
+    Attributes:
+        key_value_heads: Heads of keys and values where queries share them; None for as many as `heads`.
+    """
 
     width: int = 4096
     layers: int = 32
     heads: int = 32
     mlp: int = 11008
     rope_theta: float = 5e7
+    key_value_heads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.heads % (self.key_value_heads or self.heads):
+            raise ValueError(f"{self.heads} heads cannot share {self.key_value_heads} key/value heads")
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise ValueError(f"width {self.width} must be an even multiple of heads {self.heads}")
 
@@ -33,7 +40,7 @@ class BackboneConfig:
             "hidden_size": self.width,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads or self.heads,
             "intermediate_size": self.mlp,
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
@@ -145,3 +152,8 @@ class ActorConfig(TrunkConfig):
     def action_spec(self) -> ActionSpec:
         """The action convention."""
         return ActionSpec.from_dict(self.spec)
+
+
+def shared_fields(config: TrunkConfig, of: type[TrunkConfig]) -> dict[str, Any]:
+    """The values of `config` for every field of class `of`; to build one kind of config from another."""
+    return {field.name: getattr(config, field.name) for field in fields(of)}

@@ -1,0 +1,121 @@
+"""`headrace pretrain`: train the video-language model of ViPRA on labelled videos."""
+
+from pathlib import Path
+from typing import Literal
+
+
+def pretrain(
+    *,
+    data: tuple[str, ...],
+    labels: Path,
+    out: Path,
+    tokenizer: str | None = None,
+    lam: Path | None = None,
+    stride: tuple[int, ...] = (1,),
+    size: Literal["tiny", "small", "published"] = "small",
+    fields: Literal["ls_la", "la", "ls", "ls_la1"] = "ls_la",
+    context: Literal["pictures", "ids"] | None = None,
+    language: str | None = None,
+    camera_size: int = 224,
+    crop: tuple[int, int] | None = None,
+    cache: Path | None = None,
+    decode: Literal["cache", "stream"] = "cache",
+    steps: int = 50_001,
+    batch_size: int = 320,
+    lr: float = 4e-5,
+    warmup: int = 0,
+    schedule: Literal["constant", "cosine"] = "constant",
+    move: int = 0,
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
+    checkpointing: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+    track: tuple[Literal["tensorboard", "wandb"], ...] = (),
+) -> int:
+    """Train on videos with latent-action labels; the network for `headrace finetune --init` ends in OUT/model.
+
+    Args:
+        data: The labelled videos, in the order and with the strides that `headrace label` was given.
+        labels: What `headrace label` wrote.
+        out: Run folder with checkpoints and log.
+        tokenizer: Discrete tokenizer of the frames: a folder or Hub id. Not needed for fields `la` with pictures.
+        lam: The latent action model that the labels must be of; another one's are refused.
+        stride: Frames between neighbouring frames, one for all or one per entry of `data`.
+        size: Network size.
+        fields: What is predicted: `ls_la` future frame and latent actions, `la` or `ls` only one of them, `ls_la1` the
+            future frame and one latent step.
+        context: Context frames through a trained encoder (`pictures`) or as the tokenizer's ids; by default ids at the
+            published size, as in the paper, and pictures below.
+        language: LLaMA-shaped language model to start from (the paper: LWM-Chat-1M): shape, text tokenizer, weights.
+        camera_size: Frames are stretched to this side [px]; a policy's cameras must give the same.
+        crop: (left, top) of the square that the network sees [px]; the middle by default.
+        cache: Where frames' ids are kept; OUT/tokens by default.
+        decode: Decode videos once into the frame cache, or on demand.
+        steps: Updates.
+        batch_size: Samples per update, over all processes.
+        lr: Learning rate after the warm-up.
+        warmup: Updates until then.
+        schedule: Constant, as published, or a cosine to a tenth.
+        move: Pictures are moved by up to so many pixels.
+        precision: Of the forward pass.
+        checkpointing: Compute activations twice, to save memory.
+        seed: Of everything.
+        resume: Go on with an interrupted run, exactly.
+        track: Also log to TensorBoard or Weights & Biases.
+    """
+    import torch
+
+    from headrace.datasets.latent_labels import LatentLabels
+    from headrace.datasets.video_source import open_source
+    from headrace.robot import pretrain as stage
+    from headrace.robot.label_clips import model_hash
+    from headrace.robot.latent_action import LatentActionModel
+    from headrace.robot.sizes import trunk_config
+    from headrace.robot.vipra_pretraining import VipraPretraining
+
+    if len(stride) not in (1, len(data)):
+        raise ValueError(f"{len(data)} sources need one stride or as many, got {stride}")
+    strides = stride * len(data) if len(stride) == 1 else stride
+    wanted = None if lam is None else model_hash(LatentActionModel.from_pretrained(lam))
+    found = LatentLabels(labels, lam_hash=wanted)
+    encoder = None if tokenizer is None else stage.open_encoder(tokenizer)
+    ids = context == "ids" or (context is None and size == "published")
+    if ids and encoder is None:
+        raise ValueError("frames as ids need --tokenizer (or choose --context pictures)")
+    trunk = trunk_config(
+        size,
+        cameras=("video",),
+        camera_size=camera_size,
+        crop=crop,
+        encoder=encoder.config if ids and encoder is not None else None,
+        backbone=None if language is None else stage.backbone_of(language),
+    )
+    text = None if language is None else stage.text_tokenizer(language)
+    config = stage.config_for(trunk, found, encoder, fields=fields, text=text)
+    torch.manual_seed(seed)
+    model = VipraPretraining(config)
+    if encoder is not None and ids:
+        model.image_tokens.encoder.load_state_dict(encoder.state_dict())
+    if language is not None:
+        stage.start_from_language_model(model, language)
+    sources = [open_source(path, stride=step) for path, step in zip(data, strides, strict=True)]
+    samples = stage.open_data(
+        sources, found, config, encoder, cache or out / stage.TOKEN_FOLDER, decode=decode,
+        done=lambda part, parts: print(f"frames as ids: part {part + 1} of {parts}", flush=True),
+    )  # fmt: skip
+    settings = stage.PretrainSettings(
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        schedule=schedule,
+        move=move,
+        precision=precision,
+        checkpointing=checkpointing,
+        seed=seed,
+    )
+    facts = {"data": list(data), "labels": found.header.lam_hash, "fields": fields, "size": size, "language": language}
+    fitted = stage.pretrain(model, samples, settings, out, resume=resume, trackers=track, facts=facts)
+    print(f"{fitted.step} updates on {len(samples)} samples in {fitted.seconds:.0f} s: {out / stage.MODEL_FOLDER}")
+    print(f"a policy from it: headrace finetune --init {out / stage.MODEL_FOLDER} --dataset DEMONSTRATIONS --out OUT")
+    return 0
