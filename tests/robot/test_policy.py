@@ -96,7 +96,9 @@ def test_history_repeats_the_first_frame_then_fills(folder):
     frames = [np.full((64, 64, 3), value, np.uint8) for value in (1, 2, 3, 4)]
     seen = []
     for frame in frames:
-        inputs = policy._inputs([Observation(images={"base_camera": frame}, state=np.zeros(15, np.float32))], [0])
+        inputs = policy._history.inputs(
+            [Observation(images={"base_camera": frame}, state=np.zeros(15, np.float32))], [0]
+        )
         seen.append(inputs.images[0, 0, :, 0, 0, 0].tolist())
     assert seen == [[1, 1], [1, 2], [1, 3], [2, 4]]
 
