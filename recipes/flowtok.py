@@ -1,27 +1,35 @@
-"""Train FlowTok in its stages on rendered shapes with captions: image tokenizer, text to image, and back to text.
+"""Train FlowTok in its stages on captioned pictures: image tokenizer, text to image, and back to text.
+
+The pictures are rendered shapes, generated flowcharts, or both. The two flow stages read stored posteriors of the
+pictures, as the release does.
 
 Sources: arXiv 2503.10772 and TACJu/FlowTok (flow), bytedance/1d-tokenizer (image tokenizer). The published sizes run
 the same code; the published data (DataComp and others, 10^9 pictures) is not to be had offline.
 
     python recipes/flowtok.py --out runs/flowtok                      # tiny, all stages, about 10 minutes on 2 cores
     python recipes/flowtok.py --out runs/flowtok-xl --size xl --stage image-tokenizer
+    headrace flowlearn generate --count 2000 --variant char --out data/charts
+    python recipes/flowtok.py --out runs/flowtok-charts --source both --charts data/charts --image-size 64
 """
 
 import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
 
-from headrace.datasets.captioned_shapes import CAPTIONS, Captioned, CaptionedShapes
+from headrace.datasets.captioned_charts import CHART_CAPTIONS, CaptionedCharts
+from headrace.datasets.captioned_shapes import Captioned, CaptionedShapes
 from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
 from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.flowtok_config import TINY_WORDS, FlowTokConfig
 from headrace.tokenizers.flowtok_critic import ImageTokenizerTraining
+from headrace.tokenizers.flowtok_image import Posterior
 from headrace.tokenizers.flowtok_loss import (
     image_to_text_loss,
     image_tokenizer_loss,
@@ -39,7 +47,11 @@ STAGES: tuple[Stage, ...] = ("image-tokenizer", "text-to-image", "text-tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Optimizer of one stage: AdamW, warm-up, then constant, or cosine to `floor`."""
+    """Optimizer of one stage: AdamW, warm-up, then constant, or cosine to `floor`.
+
+    `uncaptioned` is the share of pictures that the image tokenizer decodes with an empty caption: without any, a small
+    decoder draws the caption and lets the tokens be.
+    """
 
     steps: int
     batch: int
@@ -51,6 +63,7 @@ class Settings:
     floor: float = 0.0
     clip: float | None = None
     ema: float = 0.9999
+    uncaptioned: float = 0.0
 
 
 # Image tokenizer: TA-TiTok's single-stage recipe. Flow: the released configuration. Text stages: not published, ours.
@@ -71,7 +84,9 @@ PUBLISHED: dict[Stage, Settings] = {
     "image-to-text": Settings(steps=200_000, batch=1024, lr=4e-4),
 }
 TINY: dict[Stage, Settings] = {
-    "image-tokenizer": Settings(steps=1500, batch=64, lr=2e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99),
+    "image-tokenizer": Settings(
+        steps=1500, batch=64, lr=2e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99, uncaptioned=0.5
+    ),
     "text-to-image": Settings(steps=2000, batch=64, lr=1e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99),
     "text-tokenizer": Settings(steps=400, batch=64, lr=3e-3, warmup=20, cosine=True, floor=0.05, clip=1.0, ema=0.99),
     "image-to-text": Settings(steps=1500, batch=64, lr=1e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99),
@@ -86,8 +101,12 @@ class Recipe:
         out: Run folder; each stage writes into a folder of its name, the model into `model`.
         stage: One stage, or all in order. A later stage starts from `out/model`.
         size: Configuration; `tiny` is 32 px.
-        clip_words: Captions in CLIP's vocabulary with CLIP's weights (fetched from the Hub); else the 10 words.
-        pictures: Rendered training pictures.
+        source: Rendered shapes, generated flowcharts, or both with one vocabulary.
+        charts: Folder that `headrace flowlearn generate` wrote; needed for flowcharts.
+        image_size: Side [px] other than the configuration's; boxes of a chart want 64 at least.
+        clip_words: Captions in CLIP's vocabulary with CLIP's weights (fetched from the Hub); else only the words of the
+            source.
+        pictures: Rendered shapes.
         steps: Override of each stage's steps.
         batch: Override of each stage's batch.
         perceptual: Perceptual network of the image tokenizer, with which comes the critic: `lpips` needs `vgg`,
@@ -102,6 +121,9 @@ class Recipe:
     out: Path
     stage: Literal["all", "image-tokenizer", "text-to-image", "text-tokenizer", "image-to-text"] = "all"
     size: Literal["tiny", "b", "xl", "h"] = "tiny"
+    source: Literal["shapes", "charts", "both"] = "shapes"
+    charts: Path | None = None
+    image_size: int | None = None
     clip_words: bool = False
     pictures: int = 20_000
     steps: int | None = None
@@ -113,12 +135,78 @@ class Recipe:
     resume: bool = False
 
 
+class Joined:
+    """Two sets of captioned pictures as one; the second's captions are numbered after the first's."""
+
+    def __init__(self, first: CaptionedShapes, second: CaptionedCharts) -> None:
+        self.first, self.second = first, second
+        self.captions = first.captions + second.captions
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def batch(self, indices: np.ndarray) -> Captioned:
+        """Pictures of these indices, those of the first set first."""
+        later = indices >= len(self.first)
+        parts = [self.first.batch(indices[~later])] if (~later).any() else []
+        if later.any():
+            images, label = self.second.batch(indices[later] - len(self.first))
+            parts.append(Captioned(images, label + len(self.first.captions)))
+        return Captioned(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+Pictures = CaptionedShapes | CaptionedCharts | Joined
+
+
+def pictures_of(recipe: Recipe, size: int) -> Pictures:
+    """The training pictures of a recipe at `size` px; ends with a message when there are no charts to read."""
+    shapes = CaptionedShapes(size=size, count=recipe.pictures, seed=recipe.seed)
+    if recipe.source == "shapes":
+        return shapes
+    if recipe.charts is None:
+        raise SystemExit(f"--source {recipe.source} needs --charts FOLDER")
+    charts = CaptionedCharts(recipe.charts, size=size)
+    return charts if recipe.source == "charts" else Joined(shapes, charts)
+
+
+class Coded(NamedTuple):
+    """Stored posteriors of pictures, mean and log-variance (B, K, D), and the index of each one's caption, (B,)."""
+
+    mean: Tensor
+    logvar: Tensor
+    label: Tensor
+
+
+class CodedPictures:
+    """The posteriors of all pictures, computed once with the frozen image tokenizer."""
+
+    def __init__(self, model: FlowTok, pictures: Pictures, *, size: int = 256) -> None:
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(pictures), size):
+                images, label = pictures.batch(np.arange(start, min(start + size, len(pictures))))
+                posterior = model.posterior(images.to(model.device))
+                parts.append(Coded(posterior.mean.cpu(), posterior.logvar.cpu(), label))
+        self.coded = Coded(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.coded.label)
+
+    def batch(self, indices: np.ndarray) -> Coded:
+        """Posteriors of these pictures."""
+        return Coded(*(column[torch.from_numpy(indices)] for column in self.coded))
+
+
 def new_model(recipe: Recipe) -> FlowTok:
     """The untrained model of a recipe."""
     torch.manual_seed(recipe.seed)
     config: FlowTokConfig = getattr(FlowTokConfig, recipe.size)()
     if not recipe.clip_words:
-        config = dataclasses.replace(config, captions=dataclasses.replace(config.captions, words=TINY_WORDS))
+        charted = [] if recipe.source == "shapes" else [word for text in CHART_CAPTIONS for word in text.split()]
+        words = tuple(dict.fromkeys([*TINY_WORDS, *charted]))
+        config = dataclasses.replace(config, captions=dataclasses.replace(config.captions, words=words))
+    if recipe.image_size is not None:
+        config = dataclasses.replace(config, image=dataclasses.replace(config.image, image_size=recipe.image_size))
     model = FlowTok(config)
     if recipe.clip_words:
         model.captions.load_clip()
@@ -126,31 +214,39 @@ def new_model(recipe: Recipe) -> FlowTok:
 
 
 class StageLoss:
-    """The loss of one stage as `fit` calls it."""
+    """The loss of one stage as `fit` calls it: pictures for the image tokenizer, stored posteriors for the flows."""
 
-    def __init__(self, stage: Stage, ids: Tensor) -> None:
-        self.stage, self.ids = stage, ids
+    def __init__(self, stage: Stage, ids: Tensor, empty: Tensor, uncaptioned: float = 0.0) -> None:
+        self.stage, self.ids, self.empty, self.uncaptioned = stage, ids, empty, uncaptioned
 
     def __call__(
-        self, model: FlowTok | ImageTokenizerTraining, batch: Captioned, generator: torch.Generator
+        self, model: FlowTok | ImageTokenizerTraining, batch: Captioned | Coded, generator: torch.Generator
     ) -> dict[str, Tensor]:
         ids = self.ids.to(batch.label.device)[batch.label]
-        if isinstance(model, ImageTokenizerTraining):
-            return model(batch.images, model.model.captions(ids), generator)
-        if self.stage == "image-tokenizer":
-            image = image_tokenizer_loss(model, batch.images, model.captions(ids), generator=generator)
-            return {"total": image.total, "squared": image.squared, "kl": image.kl}
+        if isinstance(batch, Captioned):
+            return self.image_tokenizer(model, batch.images, ids, generator)
+        assert isinstance(model, FlowTok)
         if self.stage == "text-tokenizer":
             text = text_tokenizer_loss(model, ids, generator=generator)
             return {"total": text.total, "words": text.words, "kl": text.kl, "accuracy": text.accuracy}
-        with torch.no_grad():
-            posterior = model.posterior(batch.images)
-            noise = torch.randn(posterior.mean.shape, generator=generator, device=posterior.mean.device)
-            tokens = posterior.sample(noise) * model.scale
+        noise = torch.randn(batch.mean.shape, generator=generator, device=batch.mean.device)
+        tokens = Posterior(batch.mean, batch.logvar).sample(noise) * model.scale
         if self.stage == "image-to-text":
             return {"total": image_to_text_loss(model, tokens, ids, generator=generator)}
         flow = text_to_image_loss(model, ids, tokens, generator=generator)
         return {**flow._asdict(), "flow": flow.flow.mean()}
+
+    def image_tokenizer(
+        self, model: FlowTok | ImageTokenizerTraining, images: Tensor, ids: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Squared error and divergence, with perceptual distance and critic where the recipe has them."""
+        if self.uncaptioned:
+            bare = torch.rand(len(ids), generator=generator, device=ids.device) < self.uncaptioned
+            ids = torch.where(bare[:, None], self.empty.to(ids.device), ids)
+        if isinstance(model, ImageTokenizerTraining):
+            return model(images, model.model.captions(ids), generator)
+        image = image_tokenizer_loss(model, images, model.captions(ids), generator=generator)
+        return {"total": image.total, "squared": image.squared, "kl": image.kl}
 
 
 def trained_parts(stage: Stage, model: FlowTok) -> list[nn.Module]:
@@ -183,16 +279,18 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     model.requires_grad_(False)
     parameters = [p for part in trained_parts(stage, model) for p in part.requires_grad_(True).parameters()]
     size = model.config.image.image_size
-    pictures = CaptionedShapes(size=size, count=recipe.pictures, seed=recipe.seed)
+    pictures = pictures_of(recipe, size)
+    data = pictures if stage == "image-tokenizer" else CodedPictures(model.eval(), pictures)
     warmup = min(settings.warmup, steps // 4)
+    ids = model.captions.ids
     training = with_critic(recipe, model) if stage == "image-tokenizer" else None
     if training is not None:
         parameters += list(training.critic.parameters())
     fitted = fit(
         model if training is None else training,
-        StageLoss(stage, model.captions.ids(CAPTIONS)),
+        StageLoss(stage, ids(pictures.captions), ids([""]), settings.uncaptioned),
         torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.decay),
-        batches(pictures, recipe.batch or settings.batch, seed=recipe.seed),
+        batches(data, recipe.batch or settings.batch, seed=recipe.seed),
         steps=steps,
         out=recipe.out / stage,
         resume=recipe.resume,
@@ -203,7 +301,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
         clip=settings.clip,
         ema_decay=settings.ema,
         precision=recipe.precision,
-        settings={"stage": stage, "size": recipe.size, "pictures": recipe.pictures},
+        settings={"stage": stage, "size": recipe.size, "pictures": len(pictures), "source": recipe.source},
         progress=False,
     )
     assert fitted.ema is not None

@@ -1,9 +1,12 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from headrace.datasets.captioned_shapes import CAPTIONS
+from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
 from headrace.tokenizers.flowtok import FlowTok
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "flowtok.py"
@@ -44,3 +47,47 @@ def test_the_critic_trains_beside_the_image_tokenizer(recipe, tmp_path, monkeypa
 def test_published_settings_cover_every_stage(recipe):
     assert set(recipe.PUBLISHED) == set(recipe.TINY) == set(recipe.STAGES)
     assert recipe.PUBLISHED["text-to-image"].batch == 4096
+
+
+def test_flowcharts_are_a_second_source_beside_the_shapes(recipe, tmp_path):
+    write_dataset(GenerateConfig(count=6, variant="char", renderer="pillow"), tmp_path / "charts")
+    settings = recipe.Recipe(
+        out=tmp_path / "run", source="both", charts=tmp_path / "charts", pictures=4, steps=1, batch=4, image_size=64
+    )
+    joined = recipe.pictures_of(settings, 64)
+    images, label = joined.batch(np.array([9, 1, 4]))
+    assert len(joined) == 10
+    assert torch.equal(images[0], joined.first.batch(np.array([1])).images[0])
+    assert torch.equal(images[1:], joined.second.batch(np.array([5, 0])).images)
+    assert "flowchart" in joined.captions[label[1]]
+    assert "flowchart" not in joined.captions[label[0]]
+    recipe.main(settings)
+    model = FlowTok.from_pretrained(tmp_path / "run" / "model")
+    assert model.generate(["white flowchart down three boxes", "red square top left"], steps=1).shape[-1] == 64
+    with pytest.raises(SystemExit, match="--charts"):
+        recipe.pictures_of(recipe.Recipe(out=tmp_path, source="charts"), 32)
+
+
+def test_stored_posteriors_are_those_of_the_pictures(recipe, tmp_path):
+    model = recipe.new_model(recipe.Recipe(out=tmp_path)).eval()
+    pictures = recipe.CaptionedShapes(size=32, count=7)
+    coded = recipe.CodedPictures(model, pictures, size=3).batch(np.array([5, 2]))
+    with torch.no_grad():
+        wanted = model.posterior(pictures.batch(np.array([5, 2])).images)
+    torch.testing.assert_close(coded.mean, wanted.mean)
+    torch.testing.assert_close(coded.logvar, wanted.logvar)
+    assert coded.label.tolist() == [5, 2]
+
+
+def test_uncaptioned_pictures_are_decoded_with_the_empty_caption(recipe, tmp_path, monkeypatch):
+    model = recipe.new_model(recipe.Recipe(out=tmp_path))
+    empty, seen = model.captions.ids([""]), []
+    monkeypatch.setattr(model.captions, "forward", lambda ids: seen.append(ids) or torch.zeros(len(ids), 12, 32))
+    batch = recipe.CaptionedShapes(size=32, count=40).batch(np.arange(40))
+    for share in (0.0, 0.5, 1.0):
+        loss = recipe.StageLoss("image-tokenizer", model.captions.ids(CAPTIONS), empty, share)
+        loss(model, batch, torch.Generator().manual_seed(0))
+    bare = [int((ids == empty).all(1).sum()) for ids in seen]
+    assert bare[0] == 0
+    assert 10 < bare[1] < 30
+    assert bare[2] == 40

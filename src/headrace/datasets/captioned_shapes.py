@@ -34,6 +34,8 @@ class CaptionedShapes:
         seed: Of everything that the caption does not say.
     """
 
+    captions = CAPTIONS
+
     def __init__(self, *, size: int, count: int, seed: int = 0) -> None:
         if size < 16 or count < 1:
             raise ValueError(f"size must be at least 16 px and count at least 1, got size={size}, count={count}")

@@ -47,6 +47,8 @@ class TokenVAEConfig:
         text_width: C, width of the text encoder's tokens.
         encoder: Encoder blocks.
         decoder: Decoder blocks.
+        initial_logvar: Where the log-variance of the tokens starts; 0 in the release. A decoder that reads captions can
+            learn to ignore tokens that begin as pure noise, and in a short run never comes back: start it low there.
     """
 
     image_size: int = 256
@@ -56,6 +58,7 @@ class TokenVAEConfig:
     text_width: int = 768
     encoder: TowerConfig = TowerConfig(width=768, depth=12, heads=12)
     decoder: TowerConfig = TowerConfig(width=1024, depth=24, heads=16)
+    initial_logvar: float = 0.0
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch or self.image_size % self.patch:
@@ -63,6 +66,8 @@ class TokenVAEConfig:
         for name in ("tokens", "channels", "text_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not LOGVAR_RANGE[0] <= self.initial_logvar <= LOGVAR_RANGE[1]:
+            raise ValueError(f"initial_logvar must lie in {LOGVAR_RANGE}, got {self.initial_logvar}")
 
     @property
     def grid(self) -> int:
@@ -223,6 +228,7 @@ class TokenVAE(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        nn.init.constant_(self.encoder.out.bias[config.channels :], config.initial_logvar)
 
     def encode(self, images: Tensor) -> Posterior:
         """Images (B, 3, S, S) in [0, 1] to the posterior of their tokens.
