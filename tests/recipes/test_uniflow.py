@@ -1,3 +1,4 @@
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -24,11 +25,26 @@ def test_two_steps_run_and_leave_a_model_with_latent_statistics(recipe, tmp_path
     model = UniFlow(recipe.tiny_config())
     assert recipe.train_tiny_teacher(model, steps=1, seed=0, batch=4) > 0
     settings = recipe.Recipe(out=tmp_path, steps=2, batch=4, precision="fp32")
-    recipe.adapt(settings, model, model.encoder)
+    teacher = copy.deepcopy(model.encoder).eval()
+    assert max(recipe.drift(model, teacher, count=2).values()) == pytest.approx(0, abs=1e-5)
+    recipe.adapt(settings, model, teacher)
     again = UniFlow.from_pretrained(tmp_path / "model")
     assert again.latent_count.item() == 2 * 4 * 64
+    assert min(recipe.drift(again, teacher, count=2).values()) > 0
     figures = recipe.report(again, count=2)
     assert {"psnr_shapes_1step", "psnr_photos_4step", "seam_photos"} <= set(figures)
+    recipe.save_copies(again, tmp_path / "copies.png", count=3)
+    assert Image.open(tmp_path / "copies.png").size == (3 * 64, 4 * 64)
+
+
+def test_a_kept_teacher_starts_another_run(recipe, tmp_path):
+    trained = recipe.new_model(recipe.Recipe(out=tmp_path, teacher_steps=1))
+    settings = recipe.Recipe(out=tmp_path / "b", teacher=tmp_path / "teacher", seed=5, weighting="last")
+    again = recipe.new_model(settings)
+    assert again.config.weighting == "last"
+    assert torch.equal(again.encoder.blocks[0].attn.qkv.weight, trained.encoder.blocks[0].attn.qkv.weight)
+    with pytest.raises(SystemExit, match="--teacher is for the tiny"):
+        recipe.main(recipe.Recipe(out=tmp_path, encoder="dinov2_l", pictures=tmp_path, teacher=tmp_path))
 
 
 def test_a_folder_of_pictures_gives_each_picture_and_its_mirror(recipe, tmp_path):

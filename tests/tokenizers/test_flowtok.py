@@ -71,6 +71,21 @@ def test_saved_model_gives_the_same_images(model, tmp_path):
     assert tokenizer_class("flowtok") is FlowTok
 
 
+def test_an_image_is_its_tokens_decoded_with_the_caption(model):
+    tokens = model.generate_tokens(CAPTIONS, steps=2, seed=1)
+    assert torch.equal(model.decode(tokens, captions=CAPTIONS).clamp(0, 1), model.generate(CAPTIONS, steps=2, seed=1))
+    assert not torch.equal(model.decode(tokens).clamp(0, 1), model.generate(CAPTIONS, steps=2, seed=1))
+
+
+def test_tokens_begin_at_the_wanted_log_variance():
+    config = FlowTokConfig.tiny()
+    assert FlowTok(config).posterior(images()).logvar.mean().item() == pytest.approx(-6, abs=0.5)
+    released = dataclasses.replace(config, image=dataclasses.replace(config.image, initial_logvar=0.0))
+    assert FlowTok(released).posterior(images()).logvar.mean().item() == pytest.approx(0, abs=0.5)
+    with pytest.raises(ValueError, match="initial_logvar"):
+        dataclasses.replace(config.image, initial_logvar=99.0)
+
+
 def test_guidance_of_a_model_trained_without_the_indicator_is_refused():
     with pytest.raises(ValueError, match="guidance=1"):
         dataclasses.replace(FlowTokConfig.tiny(), indicator_probability=0.0)

@@ -114,9 +114,23 @@ class FlowTok(Tokenizer):
         Raises:
             ValueError: Guidance of a model that was trained without the indicator, or bad captions.
         """
-        text = self.text_tokens(captions)
-        tokens = self._carry(self.to_image, self._source(text, seed), steps, guidance)
-        return self.image.decode(tokens / self.scale, text).clamp(0, 1)
+        tokens = self.generate_tokens(captions, steps=steps, guidance=guidance, seed=seed)
+        return self.decode(tokens, captions=captions).clamp(0, 1)
+
+    @torch.no_grad()
+    def generate_tokens(
+        self,
+        captions: Sequence[str],
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int | None = 0,
+    ) -> Tensor:
+        """Captions to scaled image tokens, (B, K, D), for `decode`; arguments and errors as `generate`.
+
+        `decode(tokens)` without captions shows what the tokens alone hold: the decoder reads captions too.
+        """
+        return self._carry(self.to_image, self._source(self.text_tokens(captions), seed), steps, guidance)
 
     @torch.no_grad()
     def caption(self, images: Tensor, *, steps: int | None = None, guidance: float | None = None) -> list[str]:
