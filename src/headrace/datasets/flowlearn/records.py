@@ -23,12 +23,16 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """An arrow from the node with id `source` to the node with id `target`."""
+    """An arrow from the node with id `source` to the node with id `target`.
+
+    `path` holds points (x, y) along the drawn line from tail to head [px], empty where no picture was drawn.
+    """
 
     source: str
     target: str
     style: Style = "plain"
     text: str = ""
+    path: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,11 @@ class Graph:
         return {
             "direction": self.direction,
             "nodes": [{"id": n.id, "label": n.label, **({"bbox": list(n.box)} if n.box else {})} for n in self.nodes],
-            "edges": [{"src": e.source, "dst": e.target, "style": e.style, "text": e.text} for e in self.edges],
+            "edges": [
+                {"src": e.source, "dst": e.target, "style": e.style, "text": e.text}
+                | ({"path": [list(point) for point in e.path]} if e.path else {})
+                for e in self.edges
+            ],
         }
 
     @classmethod
@@ -67,7 +75,11 @@ class Graph:
         """Rebuild from `to_dict`."""
         return cls(
             nodes=tuple(Node(n["id"], n["label"], tuple(n.get("bbox", ()))) for n in data["nodes"]),
-            edges=tuple(Edge(e["src"], e["dst"], e.get("style", "plain"), e.get("text", "")) for e in data["edges"]),
+            edges=tuple(
+                Edge(e["src"], e["dst"], e.get("style", "plain"), e.get("text", ""),
+                     tuple((x, y) for x, y in e.get("path", ())))
+                for e in data["edges"]
+            ),
             direction=data.get("direction", "TB"),
         )
 

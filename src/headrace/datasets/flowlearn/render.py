@@ -72,11 +72,15 @@ def _first_that_opens(*, mermaid: bool, graphviz: bool) -> Renderer:
     return open_renderer("graphviz" if graphviz else "pillow")
 
 
-def with_boxes(graph: Graph, boxes: dict[str, tuple[float, ...]]) -> Graph:
-    """The graph with `boxes[id]` in its nodes."""
+def with_boxes(
+    graph: Graph,
+    boxes: dict[str, tuple[float, ...]],
+    paths: dict[str, tuple[tuple[float, float], ...]] | None = None,
+) -> Graph:
+    """The graph with `boxes[id]` in its nodes, and `paths["SOURCE TARGET"]` in its arrows where they are known."""
     return Graph(
         nodes=tuple(Node(n.id, n.label, tuple(round(x, 2) for x in boxes[n.id])) for n in graph.nodes),
-        edges=graph.edges,
+        edges=tuple(e._replace(path=(paths or {}).get(f"{e.source} {e.target}", ())) for e in graph.edges),
         direction=graph.direction,
     )
 

@@ -35,7 +35,16 @@ async function draw(code,back){
     const r=shape.getBoundingClientRect(), id=(node.dataset.id||node.id.replace(/^flowchart-/,"").replace(/-\\d+$/,""));
     boxes[id]=[r.left,r.top,r.right,r.bottom];
   }
-  return {width:Math.ceil(view.width),height:Math.ceil(view.height),boxes};
+  const paths={};
+  for(const line of place.querySelectorAll("path.flowchart-link")){
+    const names=[...line.classList], end=p=>(names.find(n=>n.startsWith(p))||p).slice(3);
+    const length=line.getTotalLength(), count=Math.max(1,Math.round(length/12)), place=line.getScreenCTM();
+    paths[end("LS-")+" "+end("LE-")]=Array.from({length:count+1},(_,i)=>{
+      const p=line.getPointAtLength(length*i/count).matrixTransform(place);
+      return [Math.round(p.x*10)/10,Math.round(p.y*10)/10];
+    });
+  }
+  return {width:Math.ceil(view.width),height:Math.ceil(view.height),boxes,paths};
 }</script></body></html>"""
 
 
@@ -116,7 +125,8 @@ class MermaidRenderer:
         png = self.browser.screenshot(size["width"], size["height"])
         image = Image.open(io.BytesIO(png)).convert("RGB")
         boxes = {key: tuple(value) for key, value in size["boxes"].items()}
-        return Picture(image, with_boxes(chart.graph, boxes), self.name)
+        paths = {key: tuple((x, y) for x, y in points) for key, points in size["paths"].items()}
+        return Picture(image, with_boxes(chart.graph, boxes, paths), self.name)
 
     def close(self) -> None:
         """Stop the browser."""
