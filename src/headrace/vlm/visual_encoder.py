@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from headrace.nn.pretrained import config_from_dict
 from headrace.tokenizers.auto import tokenizer_class
 from headrace.tokenizers.base import Preprocessing, Tokenizer
+from headrace.vlm.canvas import Canvas
+from headrace.vlm.conv_stem import ConvStem, StemConfig
 from headrace.vlm.pruning.towers import Tower, find_tower
 
 
@@ -23,25 +25,31 @@ class VisualEncoderConfig:
         name: timm's model name; empty for a tokenizer.
         arguments: Arguments of `timm.create_model`, or the tokenizer's config as a dict.
         size: Side of the pictures [px], for timm; a tokenizer knows its own.
-        fit: Whether a picture is squashed to a square or cropped, for timm.
+        fit: Whether a picture is squashed to a square, cropped, or put on a canvas at its natural size, for timm.
         tokens: `features` for a language model; `latents`, what a continuous tokenizer's `encode` gives; `codes`,
             what a discrete one's gives.
         merge: Side of the square of neighbouring tokens that are joined into one.
+        stem: Convolutions that take the place of a timm ViT's patch projection.
     """
 
     source: str
     name: str = ""
     arguments: dict[str, Any] = field(default_factory=dict)
     size: int = 224
-    fit: Literal["crop", "squash"] = "squash"
+    fit: Literal["crop", "squash", "pad"] = "squash"
     tokens: Literal["features", "latents", "codes"] = "features"
     merge: int = 1
+    stem: StemConfig | None = None
 
     def __post_init__(self) -> None:
         if self.source == "timm" and not self.name:
             raise ValueError("a timm encoder needs the model's name")
         if self.source == "timm" and self.tokens != "features":
             raise ValueError(f"a timm encoder gives features, not {self.tokens}")
+        if self.source != "timm" and self.stem is not None:
+            raise ValueError(f"a stem belongs to a timm ViT, {self.source} has its own first layers")
+        if self.fit not in ("crop", "squash", "pad"):
+            raise ValueError(f"fit must be 'crop', 'squash' or 'pad', got {self.fit!r}")
         if self.tokens not in ("features", "latents", "codes"):
             raise ValueError(f"tokens must be 'features', 'latents' or 'codes', got {self.tokens!r}")
         if self.merge < 1 or (self.merge > 1 and self.tokens == "codes"):
@@ -121,7 +129,18 @@ def _timm(config: VisualEncoderConfig) -> tuple[nn.Module, Preprocessing]:
     from timm.data import resolve_model_data_config
 
     model = timm.create_model(config.name, pretrained=False, num_classes=0, **config.arguments)
+    if config.stem is not None:
+        if (
+            not hasattr(model, "patch_embed")
+            or model.patch_embed.num_patches != (config.size // config.stem.patch) ** 2
+        ):
+            raise ValueError(
+                f"the stem makes patches of {config.stem.patch} px: give {config.name} this patch_size and img_size"
+            )
+        model.patch_embed = ConvStem(config.stem, size=config.size, width=model.embed_dim)
     data = resolve_model_data_config(model)
+    if config.fit == "pad":
+        return model, Canvas(size=config.size, mean=data["mean"], std=data["std"])
     return model, Preprocessing(size=config.size, mean=data["mean"], std=data["std"], fit=config.fit)
 
 

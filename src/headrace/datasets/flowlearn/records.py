@@ -76,8 +76,13 @@ class Graph:
         return cls(
             nodes=tuple(Node(n["id"], n["label"], tuple(n.get("bbox", ()))) for n in data["nodes"]),
             edges=tuple(
-                Edge(e["src"], e["dst"], e.get("style", "plain"), e.get("text", ""),
-                     tuple((x, y) for x, y in e.get("path", ())))
+                Edge(
+                    e["src"],
+                    e["dst"],
+                    e.get("style", "plain"),
+                    e.get("text", ""),
+                    tuple((x, y) for x, y in e.get("path", ())),
+                )
                 for e in data["edges"]
             ),
             direction=data.get("direction", "TB"),

@@ -40,13 +40,17 @@ class PillowRenderer:
         boxes, size = self._layout(chart.graph)
         image = Image.new("RGB", size, colour(chart.background))
         brush = ImageDraw.Draw(image)
-        for index, edge in enumerate(chart.graph.edges):
-            _arrow(brush, boxes[edge.source], boxes[edge.target], edge.style, bend=12 * (1 + index % 3))
+        paths = {
+            f"{edge.source} {edge.target}": _arrow(
+                brush, boxes[edge.source], boxes[edge.target], edge.style, bend=12 * (1 + index % 3)
+            )
+            for index, edge in enumerate(chart.graph.edges)
+        }
         for node in chart.graph.nodes:
             x0, y0, x1, y1 = boxes[node.id]
             brush.rounded_rectangle((x0, y0, x1, y1), radius=4, fill=FILL, outline=BORDER)
             brush.text(((x0 + x1) / 2, (y0 + y1) / 2), node.label, fill=INK, font=self.font, anchor="mm")
-        return Picture(image, with_boxes(chart.graph, boxes), self.name)
+        return Picture(image, with_boxes(chart.graph, boxes, paths), self.name)
 
     def _layout(self, graph: Graph) -> tuple[dict[str, tuple[float, ...]], tuple[int, int]]:
         width = {n.id: max(24, math.ceil(self.font.getlength(n.label))) + 2 * _PAD for n in graph.nodes}
@@ -88,8 +92,11 @@ def _border_point(box: tuple[float, ...], towards: tuple[float, float]) -> tuple
 
 def _arrow(
     brush: ImageDraw.ImageDraw, a: tuple[float, ...], b: tuple[float, ...], style: Style, *, bend: float
-) -> None:
-    """A bent line from box to box with a head at the second; the bend keeps the two arrows of a 2-cycle apart."""
+) -> tuple[tuple[float, float], ...]:
+    """A bent line from box to box with a head at the second; the bend keeps the two arrows of a 2-cycle apart.
+
+    Returns the line's points.
+    """
     centre_a, centre_b = ((a[0] + a[2]) / 2, (a[1] + a[3]) / 2), ((b[0] + b[2]) / 2, (b[1] + b[3]) / 2)
     length = math.hypot(centre_b[0] - centre_a[0], centre_b[1] - centre_a[1]) or 1.0
     side = (centre_b[1] - centre_a[1]) / length, -(centre_b[0] - centre_a[0]) / length
@@ -97,12 +104,14 @@ def _arrow(
     start, tip = _border_point(a, middle), _border_point(b, middle)
     count = 24
     steps = [i / count for i in range(count + 1)]
-    path = [
-        tuple((1 - t) ** 2 * start[k] + 2 * t * (1 - t) * middle[k] + t * t * tip[k] for k in (0, 1)) for t in steps
-    ]
+    across, down = (
+        [(1 - t) ** 2 * start[k] + 2 * t * (1 - t) * middle[k] + t * t * tip[k] for t in steps] for k in (0, 1)
+    )
+    path = list(zip(across, down, strict=True))
     for index in range(count):
         if style != "dotted" or index % 2 == 0:
             brush.line((*path[index], *path[index + 1]), fill=INK, width=_WIDTH[style])
     angle = math.atan2(tip[1] - path[-4][1], tip[0] - path[-4][0])
     wings = [(tip[0] - 10 * math.cos(angle + s), tip[1] - 10 * math.sin(angle + s)) for s in (-0.45, 0.45)]
     brush.polygon([tip, *wings], fill=INK)
+    return tuple(path)

@@ -182,6 +182,8 @@ class EncoderCut:
         if not self.seen:
             return None
         seen, self.seen = self.seen, []
+        if len(seen) == 1:
+            return seen[0]
         return Qkv(
             query=torch.cat([call.query for call in seen], dim=2),
             key=torch.cat([call.key for call in seen], dim=2),

@@ -40,7 +40,8 @@ def relay_row(query: Tensor, key: Tensor, *, scaling: float, over: Tensor | None
     Returns:
         (B, S), 0 outside `over`.
     """
-    logits = torch.einsum("bhd,bhsd->bhs", query.float(), key.float()) * scaling
+    # Promotion turns each product into float32 on the way, which spares a float32 copy of all keys.
+    logits = (key * (query.float() * scaling)[:, :, None]).sum(-1)
     if over is not None:
         logits = logits.masked_fill(~over[:, None], float("-inf"))
     return logits.softmax(-1).mean(1)
@@ -49,14 +50,14 @@ def relay_row(query: Tensor, key: Tensor, *, scaling: float, over: Tensor | None
 def mean_over(tokens: Tensor, valid: Tensor | None) -> Tensor:
     """Mean over tokens of (B, H, S, D), real ones only: the relay of an encoder without a CLS token."""
     if valid is None:
-        return tokens.float().mean(2)
+        return tokens.mean(2, dtype=torch.float32)
     weight = valid[:, None, :, None].float()
     return (tokens.float() * weight).sum(2) / weight.sum(2)
 
 
 def token_density(value: Tensor) -> Tensor:
     """L1 norm of the head-mean value vector, (B, H, S, D) -> (B, S). Mean over heads first; not divided by D."""
-    return value.float().mean(1).abs().sum(-1)
+    return value.mean(1, dtype=torch.float32).abs().sum(-1)
 
 
 def evidence(
@@ -91,7 +92,6 @@ def evidence(
     if softmax == "patch_only" and own:
         patches = torch.arange(key.shape[2], device=key.device) >= own
         over = patches.expand(key.shape[0], -1) if over is None else over & patches
-    value = value.float()
     asker = query[:, :, 0] if relay == "cls" else mean_over(query[:, :, own:], valid)
     attention = relay_row(asker, key, scaling=scaling, over=over)[:, own:]
     density = token_density(value[:, :, own:])
