@@ -5,6 +5,7 @@ that all are real. Sources are named per function; "FlowCut" is arXiv 2505.19536
 """
 # Shape letters in this file: B images, H heads, S keys, N patch tokens, D head dimension.
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 Relay = Literal["cls", "mean"]
 Criterion = Literal["attention", "semantic", "density"]
+_PIECE = 1 << 17  # numbers converted at a time: 512 KiB of float32, which stay in a core's cache
 
 
 class Evidence(NamedTuple):
@@ -40,8 +42,8 @@ def relay_row(query: Tensor, key: Tensor, *, scaling: float, over: Tensor | None
     Returns:
         (B, S), 0 outside `over`.
     """
-    # Promotion turns each product into float32 on the way, which spares a float32 copy of all keys.
-    logits = (key * (query.float() * scaling)[:, :, None]).sum(-1)
+    asked = query.float()
+    logits = torch.cat([torch.einsum("bhd,bhsd->bhs", asked, piece) for piece in _in_float32(key)], dim=-1) * scaling
     if over is not None:
         logits = logits.masked_fill(~over[:, None], float("-inf"))
     return logits.softmax(-1).mean(1)
@@ -57,7 +59,16 @@ def mean_over(tokens: Tensor, valid: Tensor | None) -> Tensor:
 
 def token_density(value: Tensor) -> Tensor:
     """L1 norm of the head-mean value vector, (B, H, S, D) -> (B, S). Mean over heads first; not divided by D."""
-    return value.mean(1, dtype=torch.float32).abs().sum(-1)
+    return torch.cat([piece.mean(1).abs().sum(-1) for piece in _in_float32(value)], dim=-1)
+
+
+def _in_float32(tokens: Tensor) -> Iterator[Tensor]:
+    """(B, H, S, D) as float32 in pieces along S that stay in a core's cache; whole where nothing must be converted."""
+    if tokens.dtype == torch.float32:
+        yield tokens
+        return
+    batch, heads, _, width = tokens.shape
+    yield from (piece.float() for piece in tokens.split(max(1, _PIECE // (batch * heads * width)), dim=2))
 
 
 def evidence(
