@@ -47,6 +47,7 @@ class VideoSource:
 
     Attributes:
         name: Unique in a corpus.
+        folder: Where it lies.
         videos: The usable ones, in order of their names.
         strides: Frames between neighbouring frames of a clip, one per video.
         scans: What the video files hold.
@@ -54,6 +55,7 @@ class VideoSource:
     """
 
     name: str
+    folder: Path
     videos: tuple[Video, ...]
     strides: tuple[int, ...]
     scans: dict[Path, Scan] = field(repr=False)
@@ -267,6 +269,7 @@ def _source(
     kept.sort(key=lambda pair: pair[0].name)
     return VideoSource(
         name=name,
+        folder=folder,
         videos=tuple(v for v, _ in kept),
         strides=tuple(s for _, s in kept),
         scans=scans,

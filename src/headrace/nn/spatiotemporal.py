@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headrace.nn.depthwise import depthwise_conv3d
 from headrace.nn.shapes import expect_shape
 
 ROPE_BASE = 10_000.0
@@ -90,7 +91,8 @@ class PositionConvolution(nn.Module):
         batch, frames, count, width = x.shape
         video = x.reshape(batch, frames, *grid, width).permute(0, 4, 1, 2, 3)
         video = F.pad(video, (1, 1, 1, 1, 2, 0) if self.causal else (1, 1, 1, 1, 1, 1))
-        return self.convolution(video).permute(0, 2, 3, 4, 1).reshape(batch, frames, count, width)
+        moved = depthwise_conv3d(video, self.convolution.weight, self.convolution.bias)
+        return moved.permute(0, 2, 3, 4, 1).reshape(batch, frames, count, width)
 
 
 class CosineAttention(nn.Module):

@@ -120,7 +120,8 @@ class ForwardDynamicsDecoder(nn.Module):
         out = self.out(self.blocks(tokens, self.config.grid, condition=condition)[:, :, :-1])
         if self.config.target == "features":
             return out
-        return unpatchify(out.flatten(0, 1), self.config.grid).unflatten(0, frames.shape[:2])
+        pixels = unpatchify(out.flatten(0, 1), self.config.grid).unflatten(0, frames.shape[:2])
+        return frames + pixels if self.config.residual else pixels
 
 
 class LatentActionModel(Pretrained):

@@ -37,6 +37,8 @@ class LatentActionConfig:
         reduction: How a transition's features become `tokens` rows.
         differences: Whether a transition is the difference of its frames' features, or those of its second frame.
         target: Whether the next frame's pixels are predicted or the features that `features` gives of it.
+        residual: Whether predicted pixels are added to the present frame. ViPRA predicts the whole frame; a short run
+            starts better from a copy of the present one.
         history_offset: Frames between the frames of a clip, in frames of the source.
         fps: Frame rate of the source the model was trained for [Hz]; None if it was trained on several.
     """
@@ -53,6 +55,7 @@ class LatentActionConfig:
     reduction: Reduction = "convolution"
     differences: bool = False
     target: Literal["pixels", "features"] = "pixels"
+    residual: bool = False
     history_offset: int = 1
     fps: float | None = None
 
@@ -72,6 +75,8 @@ class LatentActionConfig:
             raise ValueError(f"unknown reduction {self.reduction!r} (known: convolution, queries)")
         if self.target not in ("pixels", "features"):
             raise ValueError(f"unknown target {self.target!r} (known: pixels, features)")
+        if self.residual and self.target != "pixels":
+            raise ValueError("residual adds to pixels; the target is features")
         if self.fps is not None and self.fps <= 0:
             raise ValueError(f"fps must be above 0 Hz or None, got {self.fps}")
 
@@ -81,12 +86,12 @@ class LatentActionConfig:
         return patch_grid(self.image_size, self.image_size, self.features.patch)
 
     @classmethod
-    def tiny(cls, *, image_size: int = 64) -> Self:
+    def tiny(cls, *, image_size: int = 64, patch: int = 8) -> Self:
         """Frames of 64 px in patches of 8, about 4.1 million parameters, four tokens of eight codes."""
         shape: dict[str, Any] = {"width": 192, "heads": 4, "head_width": 32}
         return cls(
             image_size=image_size,
-            features=FrameFeaturesConfig(kind="stem", name="", width=192, patch=8),
+            features=FrameFeaturesConfig(kind="stem", name="", width=192, patch=patch),
             encoder=SpatiotemporalConfig(depth=2, **shape),
             decoder=SpatiotemporalConfig(depth=3, causal=True, conditioned=True, **shape),
             quantizer=NoiseSubstitutionConfig(codes=8, width=16),

@@ -116,9 +116,11 @@ def flow_consistency(estimate: FlowEstimator, predicted: Tensor, true: Tensor, v
     if not bool(pairs.any()):
         return predicted.sum() * 0.0
     r0, r1, g0, g1 = (frames[pairs].float() for clip in (predicted, true) for frames in (clip[:, :-1], clip[:, 1:]))
-    with torch.no_grad():
-        forth, back = estimate(g0, g1), estimate(g1, g0)
-    return 0.5 * (F.l1_loss(estimate(r0, r1), forth) + F.l1_loss(estimate(r1, r0), back))
+    # Motion is a small difference of large numbers: half precision would round it away.
+    with torch.autocast(predicted.device.type, enabled=False):
+        with torch.no_grad():
+            forth, back = estimate(g0, g1), estimate(g1, g0)
+        return 0.5 * (F.l1_loss(estimate(r0, r1), forth) + F.l1_loss(estimate(r1, r0), back))
 
 
 class LatentActionLoss(nn.Module):

@@ -1,0 +1,146 @@
+"""Train a tiny latent action model on videos of a simulated arm, label held-out videos, and ask what the codes know.
+
+The videos come from LeRobot datasets (`headrace collect --task PickCube-v1 --out data/PickCube-v1`); their actions are
+not read. The states are, afterwards, for the probe: how much of the end effector's motion a linear map reads from the
+codes of episodes that neither the model nor the probe has seen.
+
+    python recipes/latent_actions.py --data data/PickCube-v1 data/PushCube-v1 data/StackCube-v1 --out runs/lam
+
+`--flow 0` is the same run without the optical-flow term. The last line printed is JSON; it is in `report.json` as well.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from headrace.datasets.lerobot_files import read_columns, read_info, vector_names
+from headrace.datasets.video_clips import ClipBatches, VideoClips
+from headrace.datasets.video_source import lerobot_videos
+from headrace.nn.optical_flow import LucasKanade
+from headrace.nn.quantizers.dead_codes import DeadCodeSchedule
+from headrace.robot.latent_action import LatentActionModel
+from headrace.robot.latent_action_config import LatentActionConfig
+from headrace.robot.latent_action_judge import judge
+from headrace.robot.latent_action_loss import LatentActionLoss, LatentActionLossConfig, LossSchedule
+from headrace.robot.latent_action_training import LatentActionObjective, StepBatches
+from headrace.training.loop import fit
+from headrace.training.schedule import Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of the run; all numbers of the report follow from them."""
+
+    data: tuple[str, ...]  # LeRobot datasets
+    out: Path
+    steps: int = 600
+    batch_size: int = 16
+    frames: int = 6
+    image_size: int = 64
+    patch: int = 16
+    width: int = 192
+    tokens: int = 4
+    codes: int = 8
+    stride: int = 1
+    lr: float = 1e-3
+    distance: Literal["l1", "mse"] = "l1"
+    flow: float = 0.1  # final weight of the optical-flow term; 0 switches it off
+    held_out: int = 5  # every n-th episode is kept from training
+    state_prefix: str = "tcp."  # names of the states that are the end effector's position
+    seed: int = 0
+    resume: bool = False
+
+
+def config_of(recipe: Recipe) -> LatentActionConfig:
+    tiny = LatentActionConfig.tiny(image_size=recipe.image_size, patch=recipe.patch)
+    return replace(
+        tiny,
+        frames=recipe.frames,
+        features=replace(tiny.features, width=recipe.width),
+        encoder=replace(tiny.encoder, width=recipe.width, dropout=0.0),
+        decoder=replace(tiny.decoder, width=recipe.width, dropout=0.0),
+        quantizer=replace(tiny.quantizer, codes=recipe.codes),
+        tokens=recipe.tokens,
+        residual=True,
+    )
+
+
+def split(recipe: Recipe) -> tuple[VideoClips, VideoClips]:
+    """Training and held-out videos."""
+    whole = [lerobot_videos(path, stride=recipe.stride) for path in recipe.data]
+    parts = []
+    for held in (False, True):
+        sources = []
+        for source in whole:
+            keep = [i for i in range(len(source.videos)) if (i % recipe.held_out == recipe.held_out - 1) == held]
+            videos, strides = tuple(source.videos[i] for i in keep), tuple(source.strides[i] for i in keep)
+            sources.append(replace(source, videos=videos, strides=strides))
+        parts.append(VideoClips(sources, image_size=recipe.image_size))
+    return parts[0], parts[1]
+
+
+def end_effector(corpus: VideoClips, prefix: str) -> dict[tuple[str, str], np.ndarray]:
+    """Where the end effector is in each frame [mm], by source and video."""
+    found = {}
+    for source in corpus.sources:
+        features = read_info(source.folder)["features"]
+        names = vector_names(features, ["observation.state"], source.folder)
+        keep = [i for i, name in enumerate(names) if name.startswith(prefix)]
+        columns = read_columns(source.folder, ["episode_index", "observation.state"])
+        for video in source.videos:
+            rows = columns["episode_index"] == int(video.name.removeprefix("episode_"))
+            found[source.name, video.name] = 1000 * columns["observation.state"][rows][:, keep]
+    return found
+
+
+def main(recipe: Recipe) -> None:
+    torch.manual_seed(recipe.seed)
+    training, held_out = split(recipe)
+    config = config_of(recipe)
+    if len({source.rate for source in training.sources}) == 1:
+        config = replace(config, fps=training.sources[0].rate)
+    model = LatentActionModel(config)
+    optimizer = torch.optim.AdamW(model.optimizer_groups(recipe.lr, features_factor=1.0), weight_decay=0.0)
+    weights = LatentActionLossConfig(
+        distance=recipe.distance,
+        perceptual=0.0,
+        flow=LossSchedule(start=recipe.steps // 5, ramp=max(1, recipe.steps // 20), weight=recipe.flow),
+    )
+    loss = LatentActionLoss(weights, estimate=LucasKanade(steps=2) if recipe.flow else None)
+    settings = {k: v for k, v in asdict(recipe).items() if k not in ("out", "resume", "steps")}
+    fitted = fit(
+        model,
+        LatentActionObjective(loss, DeadCodeSchedule.for_run(recipe.steps), optimizer),
+        optimizer,
+        StepBatches(ClipBatches(training, recipe.batch_size, frames=recipe.frames, seed=recipe.seed)),
+        steps=recipe.steps,
+        out=recipe.out,
+        resume=recipe.resume,
+        seed=recipe.seed,
+        schedule=Schedule(kind="cosine", warmup=min(50, recipe.steps // 4), steps=recipe.steps),
+        clip=6.0,
+        precision="bf16",
+        checkpoint_every=max(1, recipe.steps // 2),
+        settings=settings,
+    )
+    model.save_pretrained(recipe.out / "model")
+    positions = end_effector(training, recipe.state_prefix) | end_effector(held_out, recipe.state_prefix)
+    report = {
+        "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seconds": fitted.seconds,
+        "last_loss": sum(fitted.losses[-20:]) / len(fitted.losses[-20:]) if fitted.losses else math.nan,
+        **judge(model, training, held_out, positions)._asdict(),
+    }
+    (recipe.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Recipe))

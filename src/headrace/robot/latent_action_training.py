@@ -1,0 +1,94 @@
+"""What training a latent action model needs beside `headrace.training.loop.fit`: the step, and codes kept alive."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from headrace.nn.quantizers.dead_codes import DeadCodeSchedule, replace_dead_codes
+from headrace.nn.quantizers.finite_scalar import FiniteScalar
+from headrace.robot.latent_action import LatentActionModel
+from headrace.robot.latent_action_loss import LatentActionLoss, feature_loss
+
+
+class Clips(Protocol):
+    """What the batches hold: uint8 RGB (B, T, 3, S, S) and a mask (B, T), as `ClipBatch` does."""
+
+    @property
+    def frames(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor: ...
+
+
+class ClipBatches(Protocol):
+    """Where the clips come from, such as `headrace.datasets.video_clips.ClipBatches`."""
+
+    def at(self, step: int) -> Clips: ...
+    def shard(self, rank: int, world: int) -> "ClipBatches": ...
+
+
+class StepBatch(NamedTuple):
+    """Clips and the number of their training step.
+
+    Attributes:
+        frames: uint8 RGB, shape (B, T, 3, S, S).
+        mask: Shape (B, T), False for padding.
+        step: int64 scalar, counted from 0.
+    """
+
+    frames: Tensor
+    mask: Tensor
+    step: Tensor
+
+
+class StepBatches:
+    """Clip batches that say which step they are, for losses that change over a run. Meets `Batches`."""
+
+    def __init__(self, clips: ClipBatches) -> None:
+        self.clips = clips
+
+    def at(self, step: int) -> StepBatch:
+        """Batch number `step`."""
+        batch = self.clips.at(step)
+        return StepBatch(batch.frames, batch.mask, torch.tensor(step))
+
+    def shard(self, rank: int, world: int) -> "StepBatches":
+        """The part of each batch that process `rank` of `world` computes."""
+        return StepBatches(self.clips.shard(rank, world))
+
+
+class LatentActionObjective:
+    """The loss for `fit`: moves dead codes where the schedule says so, then predicts and compares.
+
+    Everything it does at a step follows from the model, the batch and the generator, so a resumed run is the same run.
+
+    Args:
+        loss: Terms and weights.
+        dead_codes: When unused codes are moved; None for never, and for finite scalars, which have no codebook.
+        optimizer: Whose averages of moved codes are cleared.
+    """
+
+    def __init__(
+        self, loss: LatentActionLoss, dead_codes: DeadCodeSchedule | None, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.loss, self.dead_codes, self.optimizer = loss, dead_codes, optimizer
+
+    def __call__(self, model: nn.Module, batch: StepBatch, generator: torch.Generator) -> dict[str, Tensor]:
+        """Terms of one batch, with `dead`, the number of codes moved."""
+        assert isinstance(model, LatentActionModel)
+        step, moved = int(batch.step), 0
+        schedule, quantizer = self.dead_codes, model.quantizer
+        if schedule is not None and schedule.due(step) and not isinstance(quantizer, FiniteScalar):
+            moved = len(replace_dead_codes(quantizer, schedule, optimizer=self.optimizer, generator=generator).dead)
+        clip = batch.frames.float() / 255
+        prediction = model(clip, generator=generator)
+        if model.config.target == "features":
+            with torch.no_grad():
+                features = model.encoder.frame_features(clip[:, 1:])
+            terms = feature_loss(prediction, features)
+        else:
+            terms = self.loss(prediction, clip, step=step, frame_mask=batch.mask)
+            if self.loss.estimate is not None:
+                # A training log has the same columns at every step, also before the flow term starts.
+                terms.setdefault("flow", terms["total"].new_zeros(()))
+        return {**terms, "dead": torch.tensor(float(moved))}
