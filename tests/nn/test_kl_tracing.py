@@ -63,13 +63,26 @@ def test_one_mask_hides_the_share_of_targets_that_it_shows_and_five_do_not():
     assert hits(1) < 0.8 < 0.95 < hits(8)
 
 
-def test_a_zoom_undoes_its_crop():
-    """With still pictures every crop shows the same, so that the estimate stays and gets finer."""
-    config = KlTracingConfig(grid=GRID, bump=1.5 / SIDE, zooms=2)
-    points = inner_points() + 1.0
-    coarse = trace(PanPredictor(0, 0), *pair(0, 0), points, CONFIG).flow.abs().mean()
-    fine = trace(PanPredictor(0, 0), *pair(0, 0), points, config).flow.abs().mean()
-    assert fine < 0.75 * coarse
+def matching(first, second, revealed):
+    """Looks for each patch of the second picture everywhere in the first, and forecasts the code of what is there."""
+    windows = F.unfold(first, PATCH).transpose(1, 2)
+    found = torch.cdist(patches(second), windows).argmin(-1)
+    content = windows.gather(1, found[..., None].expand(-1, -1, windows.shape[-1]))
+    return -8 * torch.cdist(content, BOOK.expand(len(first), -1, -1))
+
+
+def test_a_zoom_undoes_its_crop_and_gets_below_a_patch():
+    coarse = F.interpolate(
+        torch.rand(1, 3, 12, 12, generator=torch.Generator().manual_seed(3)), size=48, mode="bicubic"
+    )
+    first, second = coarse[..., 8:40, 8:40].clamp(0, 1), coarse[..., 8:40, 6:38].clamp(0, 1)  # 2 px to the right
+
+    def error(zooms):
+        config = KlTracingConfig(grid=GRID, bump=1.5 / SIDE, reveal=0.0, masks=1, zooms=zooms)
+        flow = trace(matching, first, second, inner_points()[:1], config).flow
+        return torch.linalg.vector_norm(flow - torch.tensor([2.0, 0.0]), dim=-1).median()
+
+    assert error(3) < 0.75 * error(0)
 
 
 def test_a_predictor_of_pixels_can_be_traced_too():
@@ -108,5 +121,5 @@ def test_kl_is_0_only_between_equal_distributions():
 
 def test_a_predictor_on_another_grid_is_refused():
     config = KlTracingConfig(grid=(4, 4))
-    with pytest.raises(ValueError, match="16"):
-        trace(PanPredictor(0, 0), *pair(0, 0), inner_points(), config)
+    with pytest.raises(ValueError, match=r"must have shape .*16"):
+        trace(lambda first, second, revealed: torch.zeros(len(first), 64, 3), *pair(0, 0), inner_points(), config)
