@@ -5,7 +5,7 @@ import os
 import tempfile
 import types
 import typing
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self, Union
 
@@ -44,7 +44,7 @@ def config_from_dict[C](cls: type[C], data: dict[str, Any]) -> C:
     """Rebuild a (nested) config dataclass from JSON, turning lists back into tuples by the type hints.
 
     Raises:
-        ValueError: `data` has keys that the config does not know; they are named.
+        ValueError: `data` has keys that the config does not know, or lacks some that it needs; they are named.
     """
     known = {f.name for f in fields(typing.cast(Any, cls))}
     unknown = set(data) - known
@@ -52,6 +52,12 @@ def config_from_dict[C](cls: type[C], data: dict[str, Any]) -> C:
         raise ValueError(
             f"{cls.__name__} does not know {', '.join(sorted(unknown))} (known: {', '.join(sorted(known))}); "
             "the file was written by another version or for another model"
+        )
+    required = {f.name for f in fields(typing.cast(Any, cls)) if f.default is MISSING and f.default_factory is MISSING}
+    absent = required - set(data)
+    if absent:
+        raise ValueError(
+            f"{cls.__name__} needs {', '.join(sorted(absent))}, the file does not say; copy or make it again"
         )
     hints = typing.get_type_hints(cls)
     return cls(**{key: _rebuild(hints[key], value) for key, value in data.items()})

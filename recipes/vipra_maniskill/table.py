@@ -1,0 +1,147 @@
+"""The claim, cell by cell: demonstrations x pretraining x seed, success on every task with Wilson intervals.
+
+    python recipes/vipra_maniskill/table.py --story runs/vipra --out runs/vipra_table --budgets 25 50 100
+
+The story's folder must hold `pretrain_ls_la` and, for the other columns, `pretrain_la`, `pretrain_ls`,
+`pretrain_ls_la1` (`story.py --only pretrain --fields la`). One policy learns all tasks from the budget's demonstrations
+of each; `scratch` is the same network with freshly drawn weights. All columns get the same fine-tuning updates.
+
+A cell that is done is not run again, so the command may be given again after a kill, or with more seeds. `table.md` is
+written after every cell; `cells.jsonl` beside it has one line per cell and task.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from headrace.robot.chunking import RecedingHorizon
+from headrace.robot.finetune import FinetuneSettings, train_policy
+from headrace.robot.policy import load_policy
+from headrace.robot.policy_start import Start, prepare
+from headrace.sim.rollout import RolloutSettings, roll_out
+from headrace.sim.run_folder import write_json
+from headrace.sim.statistics import wilson_interval
+from headrace.sim.tasks import find_task
+
+ARMS = ("scratch", "ls_la", "la", "ls", "ls_la1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """What is run.
+
+    Attributes:
+        story: Folder of `story.py`.
+        out: Cells and the table.
+        tasks: With demonstrations under STORY/demonstrations, or in `demonstrations`.
+        demonstrations: Datasets, one per task, in place of the story's.
+        budgets: Demonstrations per task.
+        arms: Columns, names of `ARMS`.
+        seeds: Of fine-tuning.
+        steps, batch_size, lr: Of fine-tuning, the same for all.
+        episodes: Per cell and task, from seed 0 on.
+        execute: Actions of a chunk that are carried out.
+    """
+
+    story: Path
+    out: Path
+    tasks: tuple[str, ...] = ("PushCube-v1", "PickCube-v1", "StackCube-v1")
+    demonstrations: tuple[str, ...] = ()
+    budgets: tuple[int, ...] = (25, 50, 100)
+    arms: tuple[str, ...] = ARMS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    steps: int = 2000
+    batch_size: int = 64
+    lr: float = 5e-4
+    episodes: int = 100
+    execute: int = 7
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        unknown = set(self.arms) - set(ARMS)
+        if unknown:
+            raise ValueError(f"no columns {sorted(unknown)} (there are: {', '.join(ARMS)})")
+
+
+def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, Any]]:
+    """Train and roll out one policy; returns a row per task."""
+    folder = table.out / f"{arm}_{budget}_{seed}"
+    done = folder / "cell.json"
+    if done.is_file():
+        return json.loads(done.read_text())["rows"]
+    fields = "ls_la" if arm == "scratch" else arm
+    start = Start(
+        init=str(table.story / f"pretrain_{fields}" / "model"),
+        carry=arm != "scratch",
+        demonstrations=budget,
+        seed=seed,
+    )
+    sources = table.demonstrations or tuple(str(table.story / "demonstrations" / task) for task in table.tasks)
+    model, data, _ = prepare(sources, start)
+    settings = FinetuneSettings(
+        steps=table.steps, batch_size=table.batch_size, lr=table.lr, seed=seed, ema=0.998, checkpoint_every=200
+    )
+    resume = (folder / "training" / "run.json").is_file()
+    fitted = train_policy(
+        model, data, settings, folder / "training", resume=resume, facts={"arm": arm, "budget": budget}
+    )
+    policy = RecedingHorizon(load_policy(str(folder / "training" / "model")), table.execute)
+    results = roll_out(
+        [find_task(task) for task in table.tasks],
+        policy,
+        RolloutSettings(episodes=table.episodes, seed=0, num_envs=table.processes, videos=0),
+        folder / "rollout",
+        policy_name=f"{arm}_{budget}_{seed}",
+        policy_settings={"execute": table.execute},
+    )
+    facts = {"budget": budget, "arm": arm, "seed": seed, "steps": table.steps, "loss": sum(fitted.losses[-50:]) / 50}
+    rows = [facts | {k: row[k] for k in ("task", "successes", "episodes", "errors")} for row in results["tasks"]]
+    write_json(done, {"rows": rows})
+    return rows
+
+
+def cell_text(rows: list[dict[str, Any]]) -> str:
+    """Successes of trials over seeds, rate and 95 % Wilson interval."""
+    won, tried = sum(row["successes"] for row in rows), sum(row["episodes"] for row in rows)
+    low, high = wilson_interval(won, tried)[:2]
+    return f"{won}/{tried}: {100 * won / tried:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def table_text(table: Table, rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row per budget and task and one for all tasks, a column per arm."""
+    lines = [
+        "| demonstrations | task | " + " | ".join(table.arms) + " |",
+        "|---|---|" + "---|" * len(table.arms),
+    ]
+    for budget in table.budgets:
+        for task in (*table.tasks, "all"):
+            cells = []
+            for arm in table.arms:
+                found = [r for r in rows if r["budget"] == budget and r["arm"] == arm and (task in ("all", r["task"]))]
+                cells.append(cell_text(found) if found else "not run")
+            lines.append(f"| {budget} | {task} | " + " | ".join(cells) + " |")
+    note = (
+        f"Successes of episodes over seeds {list(table.seeds)}, per cent, 95 % Wilson interval (episodes counted as "
+        f"independent). {table.steps} updates of {table.batch_size} for every cell."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def main(table: Table) -> None:
+    """Run the cells that are missing and write the table after each."""
+    rows: list[dict[str, Any]] = []
+    for seed in table.seeds:  # every column once before the second seed, so that a cut-off table can be read
+        for budget in table.budgets:
+            for arm in table.arms:
+                rows += run_cell(table, budget, arm, seed)
+                table.out.mkdir(parents=True, exist_ok=True)
+                (table.out / "cells.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+                (table.out / "table.md").write_text(table_text(table, rows))
+                print((table.out / "table.md").read_text(), flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Table))
