@@ -392,6 +392,9 @@ def report(
         "loss_last": float(np.mean(losses[-50:])),
         "w2_squared_samples": wasserstein2_squared(made, latents.mean[-count:]),
         "w2_squared_data_halves": wasserstein2_squared(latents.mean[:count], latents.mean[-count:]),
+        # How closely the condition is followed: mean squares to its own picture's latents and to another's.
+        "distance_to_own": (made - latents.mean[:count]).square().mean().item(),
+        "distance_to_other": (made - latents.mean[:count].roll(1, 0)).square().mean().item(),
         "w2_squared_noise": wasserstein2_squared(torch.randn(made.shape, generator=draw), latents.mean[-count:]),
     }
     (recipe.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")

@@ -14,6 +14,9 @@ class Parts:
         self.trunk_calls = 0
         self.seen = []
 
+    def at(self, t):
+        return t
+
     def features(self, x, t):
         self.trunk_calls += 1
         return t[:, None].expand(-1, x.shape[1]).clone()

@@ -29,8 +29,8 @@ def test_rows_go_through_the_stack_of_their_own_time(network):
     whole = network(x, t, condition)
     for row in range(6):
         one = slice(row, row + 1)
-        features = network.features(x[one], t[one], condition[one])
-        expected = network.velocity(x[one], t[one], condition[one], features, 0 if row < 3 else 1)
+        moment = network.embed(t[one], condition[one])
+        expected = network.velocity(x[one], moment, network.features(x[one], moment), 0 if row < 3 else 1)
         torch.testing.assert_close(whole[one], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -71,9 +71,15 @@ def test_a_new_network_says_zero():
     assert not BlockwiseVelocity(TINY)(x, t, condition).any()
 
 
+def test_a_new_residual_holds_the_features():
+    x, t, condition = batch()
+    model = BlockwiseVelocity(TINY)
+    assert not model.residual(x, model.embed(t, condition)).any()
+
+
 def test_residual_training_touches_nothing_else(network):
     x, t, condition = batch()
-    network.residual(x, t, condition).square().mean().backward()
+    network.residual(x, network.embed(t, condition)).square().mean().backward()
     own = {id(p) for p in network.residual_parameters()}
     for name, parameter in network.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in own), name
@@ -108,7 +114,7 @@ def test_action_decoder_sees_context_and_order():
 
 def test_alignment_falls_to_minus_one_for_equal_directions(network):
     x, t, condition = batch()
-    features = network.features(x, t, condition)
+    features = network.features(x, network.embed(t, condition))
     target = network.align_head(features).detach()
     assert network.alignment_loss(features, 3.0 * target).item() == pytest.approx(-1.0, abs=1e-5)
     with pytest.raises(ValueError, match="target"):

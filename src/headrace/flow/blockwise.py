@@ -4,7 +4,7 @@ Source: Blockwise Flow Matching, arXiv 2510.21167; mlvlab/Blockwise-Flow-Matchin
 """
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,16 @@ FeatureMode = Literal["full", "residual", "hold"]
 class BlockwiseParts(Protocol):
     """A blockwise network with its condition filled in, such as `headrace.nn.blockwise.BoundBlockwise`."""
 
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
+    def at(self, t: Tensor) -> Any:
+        """What the other methods need to know of times (B,); made once a step, whichever of them are called."""
+
+    def features(self, x: Tensor, moment: Any) -> Tensor:
         """The expensive part: features at a state, any shape with leading B."""
 
-    def residual(self, x: Tensor, t: Tensor) -> Tensor:
+    def residual(self, x: Tensor, moment: Any) -> Tensor:
         """The cheap part: approximate change of the features since the segment's start, at the segment's end."""
 
-    def velocity(self, x: Tensor, t: Tensor, features: Tensor, segment: int) -> Tensor:
+    def velocity(self, x: Tensor, moment: Any, features: Tensor, segment: int) -> Tensor:
         """Velocity by the stack of one segment, shape of `x`."""
 
 
@@ -39,7 +42,7 @@ def integrate_blockwise(
     r"""Euler steps through the segments, with the features made anew or approximated inside each.
 
     At :math:`a=(t-t_s)/(t_e-t_s)` in a segment, `residual` uses :math:`F(x_{t_s})+a\,R(x_t,t)` and `hold` uses
-    :math:`F(x_{t_s})`; both call the trunk once a segment.
+    :math:`F(x_{t_s})`; both call the trunk once a segment. The first step of a segment is the same in all modes.
 
     Args:
         parts: The network.
@@ -62,26 +65,36 @@ def integrate_blockwise(
         raise ValueError("segment borders must rise")
     for segment in range(len(times) - 1):
         start, end = times[segment], times[segment + 1]
-        first = parts.features(x, time_tensor(x, start)) if mode != "full" else None
+        moment = parts.at(time_tensor(x, start))
+        first = parts.features(x, moment)
 
-        def velocity(
+        def at_start(
+            state: Tensor, t: Tensor, moment: Any = moment, first: Tensor = first, segment: int = segment
+        ) -> Tensor:
+            return parts.velocity(state, moment, first, segment)
+
+        def inside(
             state: Tensor,
             t: Tensor,
-            first: Tensor | None = first,
+            first: Tensor = first,
             start: float = start,
             end: float = end,
             segment: int = segment,
         ) -> Tensor:
-            if first is None:
-                return parts.velocity(state, t, parts.features(state, t), segment)
-            features = first
-            if mode == "residual":
+            moment = parts.at(t)
+            if mode == "full":
+                features = parts.features(state, moment)
+            elif mode == "residual":
                 share = expand_time((t - start) / (end - start), first).to(first)
-                features = first + share * parts.residual(state, t)
-            return parts.velocity(state, t, features, segment)
+                features = first + share * parts.residual(state, moment)
+            else:
+                features = first
+            return parts.velocity(state, moment, features, segment)
 
         grid = [start + (end - start) * k / steps_per_segment for k in range(steps_per_segment)] + [end]
-        x = integrate(velocity, x, grid=grid)
+        x = integrate(at_start, x, grid=grid[:2])
+        if steps_per_segment > 1:
+            x = integrate(inside, x, grid=grid[1:])
     return x
 
 
@@ -112,7 +125,7 @@ def feature_residual_loss(
     t = start + share * (edges[segment + 1] - start)
     x_t = straight_path(noise, data, t).x_t
     with torch.no_grad():
-        first = parts.features(straight_path(noise, data, start).x_t, start)
-        true = parts.features(x_t, t)
-    guess = first + expand_time(share, first) * parts.residual(x_t, t)
+        first = parts.features(straight_path(noise, data, start).x_t, parts.at(start))
+        true = parts.features(x_t, parts.at(t))
+    guess = first + expand_time(share, first) * parts.residual(x_t, parts.at(t))
     return (guess.float() - true.float()).square().mean()

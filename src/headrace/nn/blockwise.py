@@ -124,6 +124,18 @@ def _block(config: BlockwiseConfig, condition_width: int) -> ModulatedBlock:
     )
 
 
+class Moment(NamedTuple):
+    """Time and condition as all parts of the network read them.
+
+    Attributes:
+        active: Embedding after its SiLU, shape (B, 1 or N, W).
+        shared: The part of the modulation that all blocks share, shape (B, 1 or N, 6W), 3W without attention.
+    """
+
+    active: Tensor
+    shared: Tensor
+
+
 class BoundBlockwise(NamedTuple):
     """The network with its condition filled in: what `headrace.flow.blockwise` samples and trains.
 
@@ -137,17 +149,21 @@ class BoundBlockwise(NamedTuple):
     condition: Tensor
     context: Tensor | None = None
 
-    def features(self, x: Tensor, t: Tensor) -> Tensor:
+    def at(self, t: Tensor) -> Moment:
+        """Times (B,) and the condition, embedded."""
+        return self.network.embed(t, self.condition)
+
+    def features(self, x: Tensor, moment: Moment) -> Tensor:
         """Trunk features, shape (B, N, W)."""
-        return self.network.features(x, t, self.condition, self.context)
+        return self.network.features(x, moment, self.context)
 
-    def residual(self, x: Tensor, t: Tensor) -> Tensor:
+    def residual(self, x: Tensor, moment: Moment) -> Tensor:
         """Approximate change of the features since the segment's start, shape (B, N, W)."""
-        return self.network.residual(x, t, self.condition)
+        return self.network.residual(x, moment)
 
-    def velocity(self, x: Tensor, t: Tensor, features: Tensor, segment: int) -> Tensor:
+    def velocity(self, x: Tensor, moment: Moment, features: Tensor, segment: int) -> Tensor:
         """Velocity by one segment's stack, shape of `x`."""
-        return self.network.velocity(x, t, self.condition, features, segment)
+        return self.network.velocity(x, moment, features, segment)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity at any times, with full features."""
@@ -191,7 +207,10 @@ class BlockwiseVelocity(Pretrained):
         angles = axial_angles(config.grid, width // config.heads) if attends else torch.zeros(config.tokens, 0)
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("inner_borders", torch.tensor(config.borders[1:-1]), persistent=False)
-        for layer in (self.shared, self.out_modulation, self.out):
+        zeroed = [self.shared, self.out_modulation, self.out]
+        if config.residual_depth:
+            zeroed.append(self.residual_out)  # stage 2 begins where holding the features stands
+        for layer in zeroed:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -205,19 +224,24 @@ class BlockwiseVelocity(Pretrained):
             raise ValueError("this network has no feature residual: residual_depth is 0")
         return [*self.residual_blocks.parameters(), *self.residual_out.parameters()]
 
-    def _condition(self, t: Tensor, condition: Tensor) -> Tensor:
-        """Time and condition as one vector per sample (B, 1, W) or per token (B, N, W)."""
+    def embed(self, t: Tensor, condition: Tensor) -> Moment:
+        """Time and condition for the parts of the network.
+
+        Args:
+            t: Times in [0, 1], shape (B,).
+            condition: Shape (B, condition_dim) or (B, N, condition_dim).
+        """
         embedded = self.condition_in(condition)
         embedded = embedded if embedded.ndim == 3 else embedded[:, None]
-        return embedded + self.time_embed(t)[:, None]
+        active = F.silu(embedded + self.time_embed(t)[:, None])
+        return Moment(active, self.shared(active))
 
-    def features(self, x: Tensor, t: Tensor, condition: Tensor, context: Tensor | None = None) -> Tensor:
+    def features(self, x: Tensor, moment: Moment, context: Tensor | None = None) -> Tensor:
         """Trunk features.
 
         Args:
             x: State, shape (B, N, C).
-            t: Times in [0, 1], shape (B,).
-            condition: Shape (B, condition_dim) or (B, N, condition_dim).
+            moment: From `embed`.
             context: Shape (B, S, context_dim), where the network takes one.
 
         Returns:
@@ -233,8 +257,7 @@ class BlockwiseVelocity(Pretrained):
                              "expected")  # fmt: skip
         if not config.trunk_depth:
             return x.new_zeros((*x.shape[:2], 0))
-        c = self._condition(t, condition)
-        active, shared = F.silu(c), self.shared(F.silu(c))
+        active, shared = moment
         h, angles = self.trunk_in(x), self.angles
         if context is not None:
             h = torch.cat([self.context_in(context), h], 1)
@@ -246,27 +269,26 @@ class BlockwiseVelocity(Pretrained):
             h = block(h, active, shared, angles)
         return h[:, -config.tokens :]
 
-    def residual(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def residual(self, x: Tensor, moment: Moment) -> Tensor:
         """Approximate change of the features since the segment's start, shape (B, N, W); arguments as `features`."""
         if not self.config.residual_depth:
             raise ValueError("this network has no feature residual: residual_depth is 0")
-        c = self._condition(t, condition).detach()
-        active, shared = F.silu(c), self.shared(F.silu(c)).detach()
+        active, shared = (part.detach() for part in moment)
         h = self.trunk_in(x).detach()
         for block in self.residual_blocks:
             h = block(h, active, shared, self.angles)
         return self.residual_out(h)
 
-    def velocity(self, x: Tensor, t: Tensor, condition: Tensor, features: Tensor, segment: int) -> Tensor:
+    def velocity(self, x: Tensor, moment: Moment, features: Tensor, segment: int) -> Tensor:
         """Velocity by one segment's stack, shape (B, N, C); `features` from the trunk or approximated."""
         if not 0 <= segment < self.config.segments:
             raise ValueError(f"segment must be in 0..{self.config.segments - 1}, got {segment}")
-        c = self._condition(t, condition)
-        h, shared = self.velocity_in(x), self.shared(F.silu(c))
-        active = F.silu(torch.cat([c.expand(-1, x.shape[1], -1), features], -1) if features.shape[-1] else c)
+        h, active = self.velocity_in(x), moment.active
+        if features.shape[-1]:
+            active = torch.cat([active.expand(-1, x.shape[1], -1), F.silu(features)], -1)
         for block in self.stacks[segment]:  # type: ignore[attr-defined]
-            h = block(h, active, shared, self.angles)
-        shift, scale = self.out_modulation(F.silu(c)).chunk(2, dim=-1)
+            h = block(h, active, moment.shared, self.angles)
+        shift, scale = self.out_modulation(moment.active).chunk(2, dim=-1)
         return self.out(F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift)
 
     def segment_of(self, t: Tensor) -> Tensor:
@@ -278,18 +300,19 @@ class BlockwiseVelocity(Pretrained):
 
         Arguments as `features`; returns the shape of `x`.
         """
-        return self.velocity_from(self.features(x, t, condition, context), x, t, condition)
+        moment = self.embed(t, condition)
+        return self.velocity_from(self.features(x, moment, context), x, t, moment)
 
-    def velocity_from(self, features: Tensor, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def velocity_from(self, features: Tensor, x: Tensor, t: Tensor, moment: Moment) -> Tensor:
         """As `forward`, from features at hand: in training they are needed for the alignment as well."""
         if self.config.segments == 1:
-            return self.velocity(x, t, condition, features, 0)
+            return self.velocity(x, moment, features, 0)
         segment = self.segment_of(t)
         velocity = torch.zeros_like(x)
         for index in range(self.config.segments):
             rows = (segment == index).nonzero()[:, 0]
             if len(rows):
-                part = self.velocity(x[rows], t[rows], condition[rows], features[rows], index)
+                part = self.velocity(x[rows], Moment(*(p[rows] for p in moment)), features[rows], index)
                 velocity = velocity.index_copy(0, rows, part.to(velocity))
         return velocity
 
