@@ -69,6 +69,24 @@ def test_a_straightened_checkpoint_is_refused_on_other_steps(straightened, monke
         rolled(straightened, steps=2)
 
 
+def test_no_steps_are_refused_by_every_command(checkpoint, monkeypatch):
+    for steps in (0, -2):
+        with pytest.raises(ValueError, match="at least 1"):
+            rolled(checkpoint, steps=steps)
+        with pytest.raises(ValueError, match="at least 1"):
+            served(checkpoint, monkeypatch, steps=steps)
+        with pytest.raises(ValueError, match="at least 1"):
+            drive.make_policy(str(checkpoint), steps)
+    with pytest.raises(ValueError, match="execute must be at least 1"):
+        rolled(checkpoint, execute=0)
+
+
+def test_solver_options_for_a_server_are_refused_instead_of_ignored():
+    chosen = rollout.settings_of(**{**UNSET, "steps": 5})
+    with pytest.raises(ValueError, match="headrace serve"):
+        rollout.make_policy("ws://localhost:1", [], chosen)
+
+
 def test_rollout_reads_a_grid_from_a_list_a_file_or_a_model_folder(checkpoint, straightened, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(TUNED.times))
     for given in (tmp_path / "list.json", straightened, straightened / "step_grid.json"):

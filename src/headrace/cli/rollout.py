@@ -130,11 +130,19 @@ def settings_of(**chosen: Any) -> dict[str, Any]:
         raise ValueError("--ensemble asks at every step; leave out --execute")
     if chosen["grid"] is not None:
         chosen["grid"] = list(read_grid(chosen["grid"]).times)
-    return {key: value for key, value in chosen.items() if value not in (None, False)}
+    return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
 def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
-    """The policy that `name` stands for; None for the tasks' own experts."""
+    """The policy that `name` stands for; None for the tasks' own experts.
+
+    Raises:
+        ValueError: A task without an expert, solver options for a policy that is not sampled here, or settings that
+            the policy refuses.
+    """
+    asked = "grid" in chosen or "steps" in chosen or chosen["solver"] != "euler"
+    if asked and name.startswith(("ws://", "wss://")):
+        raise ValueError("the server samples: give --steps to `headrace serve`, not to this command")
     if name == "oracle":
         without = [task.name for task in tasks if not task.expert]
         if without:
@@ -159,10 +167,9 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
     from headrace.robot.policy import load_policy
 
     grid = tuple(chosen["grid"]) if "grid" in chosen else None
-    asked = grid is not None or "steps" in chosen or chosen["solver"] != "euler"
-    steps = chosen.get("steps") or (None if grid else 10)
+    steps = chosen.get("steps", None if grid else 10)
     solver = SolverSettings(method=chosen["solver"], steps=steps, grid=grid) if asked else None
     policy = load_policy(name, solver=solver, precision=chosen["precision"])
     if "ensemble" in chosen:
         return TemporalEnsemble(policy)
-    return RecedingHorizon(policy, chosen.get("execute") or max(1, policy.horizon // 2))
+    return RecedingHorizon(policy, chosen.get("execute", max(1, policy.horizon // 2)))
