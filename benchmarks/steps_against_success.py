@@ -29,7 +29,7 @@ from headrace.robot.chunking import RecedingHorizon
 from headrace.robot.policy import FlowPolicy, load_policy
 from headrace.sim.results import hardware
 from headrace.sim.rollout import EPISODES_FILE, RolloutSettings, roll_out
-from headrace.sim.run_folder import read_episodes, write_json
+from headrace.sim.run_folder import write_json
 from headrace.sim.statistics import wilson_interval
 from headrace.sim.svg import COLORS
 from headrace.sim.tasks import find_tasks
@@ -127,7 +127,7 @@ def run_cells(settings: Settings) -> None:
     for task in settings.tasks:
         for cell in cells_of(settings):
             folder = settings.out / task / f"{cell.kind}-{cell.steps}"
-            if len(read_episodes(folder / EPISODES_FILE)) >= settings.episodes:
+            if len(rows_of(folder)) >= settings.episodes:
                 continue
             loaded = cell.load(settings)
             policy = Until(RecedingHorizon(loaded, max(1, loaded.model.config.decoder.horizon // 2)), deadline)
@@ -142,18 +142,21 @@ def run_cells(settings: Settings) -> None:
             write_report(settings)
 
 
-def wins(folder: Path) -> dict[int, dict[str, Any]]:
-    """Episode rows by seed."""
-    return {row["seed"]: row for row in read_episodes(folder / EPISODES_FILE)}
+def rows_of(folder: Path) -> dict[int, dict[str, Any]]:
+    """Episode rows by seed; only reads, because another process may be writing: half a last line is passed over."""
+    path = folder / EPISODES_FILE
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return {row["seed"]: row for row in rows}
 
 
 def measured(settings: Settings) -> list[dict[str, Any]]:
     """One row per task and cell that has episodes, with the paired difference from the baseline."""
     found = []
     for task in settings.tasks:
-        base = wins(settings.out / task / BASELINE.replace(":", "-"))
+        base = rows_of(settings.out / task / BASELINE.replace(":", "-"))
         for cell in cells_of(settings):
-            rows = wins(settings.out / task / f"{cell.kind}-{cell.steps}")
+            rows = rows_of(settings.out / task / f"{cell.kind}-{cell.steps}")
             if not rows:
                 continue
             succeeded = sum(row["success"] for row in rows.values())
