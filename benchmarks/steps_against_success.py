@@ -81,13 +81,20 @@ class Cell(NamedTuple):
         return cls(kind, int(steps))
 
     def load(self, settings: Settings) -> FlowPolicy:
-        """The policy that samples this way."""
-        if self.kind == "uniform":
-            return load_policy(settings.policy, solver=SolverSettings(steps=self.steps))
-        if self.kind == "bellman":
-            grid = StepGrid.load(settings.boss / "grids" / f"k{self.steps}")
-            return load_policy(settings.policy, solver=grid.settings)
-        return load_policy(str(settings.boss / f"k{self.steps}" / "model"))
+        """The policy that samples this way.
+
+        Raises:
+            ValueError: A policy without a flow.
+        """
+        if self.kind == "straightened":
+            policy = load_policy(str(settings.boss / f"k{self.steps}" / "model"))
+        else:
+            grid = StepGrid.load(settings.boss / "grids" / f"k{self.steps}") if self.kind == "bellman" else None
+            solver = grid.settings if grid else SolverSettings(steps=self.steps)
+            policy = load_policy(settings.policy, solver=solver)
+        if not isinstance(policy, FlowPolicy):
+            raise ValueError(f"{settings.policy} follows no flow, so it has no step count")
+        return policy
 
 
 class OutOfTime(Exception):
@@ -130,7 +137,7 @@ def run_cells(settings: Settings) -> None:
             if len(rows_of(folder)) >= settings.episodes:
                 continue
             loaded = cell.load(settings)
-            policy = Until(RecedingHorizon(loaded, max(1, loaded.model.config.decoder.horizon // 2)), deadline)
+            policy = Until(RecedingHorizon(loaded, max(1, loaded.horizon // 2)), deadline)
             roll_out(
                 find_tasks(task),
                 policy,
