@@ -66,7 +66,7 @@ class Size:
 
 
 SMOKE = Size(
-    network="tiny", crop=(80, 96), videos=4, demonstrations=2, horizon=4, token_frames=64, token_steps=4, lam_steps=6,
+    network="tiny", crop=(80, 96), videos=6, demonstrations=2, horizon=4, token_frames=64, token_steps=4, lam_steps=6,
     pretrain_steps=6, pretrain_batch=8, finetune_steps=6, finetune_batch=8, episodes=2,
 )  # fmt: skip
 CPU = Size(

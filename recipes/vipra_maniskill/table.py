@@ -97,7 +97,9 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
         policy_name=f"{arm}_{budget}_{seed}",
         policy_settings={"execute": table.execute},
     )
-    facts = {"budget": budget, "arm": arm, "seed": seed, "steps": table.steps, "loss": sum(fitted.losses[-50:]) / 50}
+    last = fitted.losses[-50:]
+    facts = {"budget": budget, "arm": arm, "seed": seed, "steps": table.steps}
+    facts["loss"] = sum(last) / len(last) if last else None  # None where training had ended in an earlier run
     rows = [facts | {k: row[k] for k in ("task", "successes", "episodes", "errors")} for row in results["tasks"]]
     write_json(done, {"rows": rows})
     return rows
@@ -106,8 +108,8 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
 def cell_text(rows: list[dict[str, Any]]) -> str:
     """Successes of trials over seeds, rate and 95 % Wilson interval."""
     won, tried = sum(row["successes"] for row in rows), sum(row["episodes"] for row in rows)
-    low, high = wilson_interval(won, tried)[:2]
-    return f"{won}/{tried}: {100 * won / tried:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    interval = wilson_interval(won, tried)
+    return f"{won}/{tried}: {100 * won / tried:.1f} ({100 * interval.low:.1f} to {100 * interval.high:.1f})"
 
 
 def table_text(table: Table, rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,52 @@
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "recipes" / "vipra_maniskill"
+
+
+@pytest.fixture(scope="module")
+def table():
+    return runpy.run_path(str(FOLDER / "table.py"))
+
+
+def rows(arm: str, budget: int, won: int, task: str = "PushCube-v1", seed: int = 0) -> dict:
+    return {"arm": arm, "budget": budget, "seed": seed, "task": task, "successes": won, "episodes": 100, "errors": 0}
+
+
+def test_the_table_adds_up_seeds_and_tasks_and_says_what_is_missing(table, tmp_path):
+    settings = table["Table"](
+        story=tmp_path, out=tmp_path, tasks=("PushCube-v1", "PickCube-v1"), budgets=(25,), arms=("scratch", "ls_la")
+    )
+    found = [rows("scratch", 25, 10), rows("scratch", 25, 20, seed=1), rows("scratch", 25, 0, task="PickCube-v1")]
+    lines = table["table_text"](settings, found).splitlines()
+    assert lines[2].startswith("| 25 | PushCube-v1 | 30/200: 15.0 (")
+    assert lines[3].startswith("| 25 | PickCube-v1 | 0/100: 0.0 (0.0 to ")
+    assert lines[4].startswith("| 25 | all | 30/300: 10.0 (") and lines[4].endswith("| not run |")
+
+
+def test_a_finished_cell_is_not_run_again(table, tmp_path):
+    settings = table["Table"](story=tmp_path / "none", out=tmp_path)
+    folder = tmp_path / "ls_la_25_0"
+    folder.mkdir()
+    (folder / "cell.json").write_text('{"rows": [{"task": "x"}]}')
+    assert table["run_cell"](settings, 25, "ls_la", 0) == [{"task": "x"}]
+
+
+def test_unknown_columns_are_named(table, tmp_path):
+    with pytest.raises(ValueError, match="all_of_it"):
+        table["Table"](story=tmp_path, out=tmp_path, arms=("all_of_it",))
+
+
+@pytest.mark.sim
+@pytest.mark.render
+@pytest.mark.slow
+def test_the_story_runs_and_a_second_call_only_rolls_on(tmp_path):
+    """From rendering to a rollout at the smallest size; the same command again finds everything done."""
+    command = [sys.executable, str(FOLDER / "story.py"), "--out", str(tmp_path), "--tasks", "PushCube-v1"]
+    for _ in range(2):
+        subprocess.run([*command, "--processes", "1"], check=True)
+    assert (tmp_path / "rollout_ls_la_flow" / "results.json").is_file()
