@@ -1,6 +1,8 @@
 """Pictures agree with their annotation, whichever program drew them."""
 
 import shutil
+import sys
+from dataclasses import replace
 
 import pytest
 
@@ -77,3 +79,81 @@ def test_auto_falls_back_with_a_warning(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.warns(UserWarning, match="Mermaid cannot be used"):
         assert open_renderer("auto").name.startswith("pillow")
+
+
+# Answers as `dot` does for -Tpng and -Tjson: points with y upwards, pad 0.1 inch, pictures at the asked resolution.
+STAND_IN = """#!{python}
+import io, json, re, sys
+from PIL import Image, ImageDraw
+if sys.argv[1] == "-V":
+    sys.exit(sys.stderr.write("dot - graphviz version 9.9.9 (stand-in)"))
+source = sys.stdin.read()
+if "entity1" not in source:
+    sys.exit(sys.stderr.write("Error: syntax error in line 1") and 1)
+names = re.findall(r"^(\\w+) \\[label", source, re.M)
+back = re.search(r'bgcolor="(#\\w+)"', source)[1]
+wide, high = 100.0, 60.0 * len(names)
+if sys.argv[1] == "-Tjson":
+    objects = [dict(name=n, pos=f"{{50 + 3 * i}},{{high - 60 * i - 30}}", width="1.0", height="0.5")
+               for i, n in enumerate(names)]
+    sys.exit(sys.stdout.write(json.dumps(dict(bb=f"0,0,{{wide}},{{high}}", objects=objects))) and 0)
+scale = 96 / 72
+image = Image.new("RGB", (round((wide + 14.4) * scale), round((high + 14.4) * scale)), back)
+brush = ImageDraw.Draw(image)
+for i, _ in enumerate(names):
+    x, y = 7.2 + 50 + 3 * i, 7.2 + 60 * i + 30
+    corners = tuple(v * scale for v in (x - 36, y - 18, x + 36, y + 18))
+    brush.rectangle(corners, fill="#ECECFF", outline="#9370DB")
+    brush.text((x * scale, y * scale), "label", fill="#333333", anchor="mm")
+out = io.BytesIO()
+image.save(out, "PNG")
+sys.stdout.buffer.write(out.getvalue())
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    program = tmp_path / "dot"
+    program.write_text(STAND_IN.format(python=sys.executable))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_graphviz_boxes_come_from_its_layout_where_they_are_drawn(stand_in):
+    chart = make_chart(2, 3)
+    picture = open_renderer("graphviz").draw(chart)
+    assert picture.renderer == "graphviz-9.9.9"
+    for node in picture.graph.nodes:
+        x0, y0, x1, y1 = node.box
+        assert (x1 - x0, y1 - y0) == pytest.approx((96, 48), abs=0.1)
+        back = colour(chart.background)
+        for x, y, wanted in ((x0 + 3, y0 + 3, FILL), (x1 - 3, y1 - 3, FILL), (x0 - 3, y0, back), (x1 + 3, y1, back)):
+            assert near(picture.image.getpixel((int(x), int(y))), wanted)
+
+
+def test_what_graphviz_says_is_passed_on(stand_in):
+    chart = make_chart(2, 3)
+    renderer = open_renderer("graphviz")
+    one = replace(chart, graph=replace(chart.graph, nodes=chart.graph.nodes[:1], edges=()))
+    with pytest.raises(RuntimeError, match=r"status 1: Error: syntax error in line 1"):
+        renderer.draw(one)
+
+
+def test_graphviz_without_its_program_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="needs the program `dot`; install graphviz or take another"):
+        open_renderer("graphviz")
+
+
+def test_arrows_of_a_picture_know_their_lines(renderer):
+    if renderer.name.startswith("graphviz"):
+        pytest.skip("Graphviz' lines are not read")
+    picture = renderer.draw(make_chart(2, 1))
+    box = {node.id: node.box for node in picture.graph.nodes}
+
+    def distance(point, b):
+        return max(b[0] - point[0], point[0] - b[2], b[1] - point[1], point[1] - b[3])
+
+    for edge in picture.graph.edges:
+        assert len(edge.path) >= 2
+        assert abs(distance(edge.path[0], box[edge.source])) < 8 and abs(distance(edge.path[-1], box[edge.target])) < 12

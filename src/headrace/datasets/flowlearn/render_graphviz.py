@@ -39,10 +39,14 @@ class GraphvizRenderer:
 
     def _run(self, source: str, kind: str) -> bytes:
         command = [str(self.program), f"-T{kind}", f"-Gdpi={_DPI}"]
-        return subprocess.run(command, input=source.encode(), capture_output=True, check=True).stdout
+        done = subprocess.run(command, input=source.encode(), capture_output=True)
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip()[-300:]
+            raise RuntimeError(f"{command[0]} ended with status {done.returncode}: {said or 'it said nothing'}")
+        return done.stdout
 
     def draw(self, chart: Chart) -> Picture:
-        """Draw one chart."""
+        """Draw one chart; raises RuntimeError with what `dot` said when it fails."""
         source = dot_source(chart)
         image = Image.open(io.BytesIO(self._run(source, "png"))).convert("RGB")
         layout = json.loads(self._run(source, "json"))
