@@ -6,7 +6,6 @@ A LLaVA-shaped model with random weights; both ways are greedy and must give the
 beside wall-clock time, because a shared machine disturbs the latter. Prints JSON.
 """
 
-import importlib.util
 import json
 import statistics
 import tempfile
@@ -17,13 +16,25 @@ from pathlib import Path
 import torch
 import tyro
 from PIL import Image
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from headrace.datasets.flowlearn.prompts import find_prompts
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
+from headrace.vlm.chart_questions import chart_tokenizer
 from headrace.vlm.huggingface import HuggingFaceVLM
 from headrace.vlm.vqa_data import load_task
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "flowchart_vlm.py"
+CHAT = (
+    "{{ '<s>' }}{% for m in messages %}{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}{{ '<image>' }}{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}{{ '\n' }}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +59,38 @@ class Benchmark:
     out: Path | None = None
 
 
-def load_recipe():
-    """The recipe as a module."""
-    spec = importlib.util.spec_from_file_location("flowchart_vlm", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def build(benchmark: Benchmark) -> HuggingFaceVLM:
+    """A LLaVA with random weights and a tokenizer of characters."""
+    torch.manual_seed(0)
+    tokenizer = chart_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token, heads = "<image>", benchmark.width // 64
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    text = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=benchmark.width, intermediate_size=4 * benchmark.width,
+        num_attention_heads=heads, num_hidden_layers=benchmark.text_layers, max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=benchmark.width, intermediate_size=4 * benchmark.width, num_attention_heads=heads,
+        num_hidden_layers=benchmark.vision_layers, image_size=benchmark.size, patch_size=benchmark.patch,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=image_id, vision_feature_layer=-1,
+        vision_feature_select_strategy="default", image_seq_length=(benchmark.size // benchmark.patch) ** 2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    sides = {"height": benchmark.size, "width": benchmark.size}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=sides, do_center_crop=False), tokenizer, patch_size=benchmark.patch,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1, image_token="<image>",
+        chat_template=CHAT,
+    )  # fmt: skip
+    return HuggingFaceVLM(model, processor)
 
 
 def loop(model: HuggingFaceVLM, picture: Path, texts: list[str], new_tokens: int) -> list[str]:
@@ -84,12 +121,7 @@ def speeds(times: list[tuple[float, float]]) -> dict[str, object]:
 def main(benchmark: Benchmark) -> None:
     """Measure both ways on the same charts, alternating."""
     torch.set_num_threads(benchmark.threads)
-    script = load_recipe()
-    shape = script.Recipe(
-        data=(), out=Path("."), size=benchmark.size, patch=benchmark.patch, width=benchmark.width,
-        vision_layers=benchmark.vision_layers, text_layers=benchmark.text_layers,
-    )  # fmt: skip
-    model = HuggingFaceVLM(*script.build(shape))
+    model = build(benchmark)
     prompts = find_prompts("short-1")
     wall: list[tuple[float, float]] = []
     used: list[tuple[float, float]] = []

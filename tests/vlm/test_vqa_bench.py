@@ -1,14 +1,14 @@
-"""A pruning sweep on a small LLaVA with random weights: budgets are honoured, and the page shows them."""
+"""A pruning sweep on a small chart model with random weights: budgets are honoured, and the page shows them."""
 
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from headrace.datasets.flowlearn.prompts import find_prompts
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
-from headrace.vlm.huggingface import HuggingFaceVLM
 from headrace.vlm.vqa_bench import SweepConfig, sweep, sweep_table
 from headrace.vlm.vqa_data import load_task
 from headrace.vlm.vqa_model import budget_of, model_name, pruning_of
@@ -25,8 +25,8 @@ def swept(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("flowchart_vlm", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    recipe = script.Recipe(data=(data,), out=out, size=64, width=64, vision_layers=3, text_layers=3)
-    model = HuggingFaceVLM(*script.build(recipe))
+    shape = {"width": 64, "vision_layers": 3, "text_width": 48, "text_layers": 3, "stem": (4, 8, 8, 16, 16)}
+    model = script.build(script.Recipe(stage="joint", data=(data,), out=out, size=128, **shape)).eval()
     config = SweepConfig(methods=("flowcut", "random", "fastv"), keep=(8, 4), repeats=2, warmup=0)
     tasks = load_task("flowlearn/sim-char/num_nodes", data)
     folders = sweep(config, tasks, model, name="tiny", data=data, out=out, prompts=find_prompts("short-1"))
@@ -34,7 +34,7 @@ def swept(tmp_path_factory):
 
 
 def test_every_setting_keeps_what_it_was_told(swept):
-    folders, _, model = swept
+    folders, data, model = swept
     rows = sweep_table(folders)
     assert [(r["setting"], r["tokens"], r["of"]) for r in rows] == [
         ("full", 16, 16), ("flowcut-8", 8, 16), ("flowcut-4", 4, 16), ("random-8", 8, 16), ("random-4", 4, 16),
@@ -45,6 +45,8 @@ def test_every_setting_keeps_what_it_was_told(swept):
     notes = [json.loads(line) for line in (folders[1] / "pictures.jsonl").read_text().splitlines()]
     assert all(len(n["kept"]) == 8 and n["of"] == 16 and n["kept"] == sorted(n["kept"]) for n in notes)
     assert model.pruning is None
+    with Image.open(data / notes[0]["image"]) as picture:
+        assert tuple(notes[0]["region"]) == model.encoder.preprocessing.region(*picture.size)
 
 
 def test_the_page_draws_the_sweep(swept, tmp_path):

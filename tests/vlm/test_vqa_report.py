@@ -1,5 +1,7 @@
 """The report is one file that needs nothing else, and shows what was measured."""
 
+import base64
+import io
 import json
 import re
 
@@ -13,7 +15,7 @@ from headrace.datasets.flowlearn.records import Edge, Graph, Node
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
 from headrace.vlm.vqa_charts import Series, line_chart
 from headrace.vlm.vqa_data import load_task
-from headrace.vlm.vqa_gallery import EXTRA, MISSING, RIGHT, graph_difference, grid_of, kept_overlay
+from headrace.vlm.vqa_gallery import EXTRA, MISSING, RIGHT, Kept, graph_difference, grid_of, kept_overlay
 from headrace.vlm.vqa_report import write_report
 from headrace.vlm.vqa_run import run, run_identity
 
@@ -93,7 +95,12 @@ def test_graph_difference_colours_each_link_once():
 def test_overlay_washes_out_what_was_dropped(tmp_path):
     path = tmp_path / "black.png"
     Image.new("RGB", (80, 80)).save(path)
-    assert "2 of 16 tokens" in kept_overlay(path, [0, 5], 16)
+    assert "2 of 16 tokens" in kept_overlay(path, Kept([0, 5], 16))
+    for region, dark in (((0.0, 0.0, 1.0, 1.0), (10, 10)), ((0.5, 0.5, 1.0, 1.0), (50, 50))):
+        page = kept_overlay(path, Kept([0, 10], 16, region))  # tokens at row 0 column 0, and row 2 column 2
+        shown = Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0]))).convert("L")
+        assert shown.getpixel((10, 10)) < 40, "the picture's corner shows a kept token in both regions"
+        assert (shown.getpixel((50, 50)) < 40) == (dark == (10, 10)), "a quarter of the grid shows other tokens"
     assert grid_of(576, (900, 300)) == (24, 24) and grid_of(12, (400, 300)) == (4, 3)
 
 

@@ -60,7 +60,7 @@ def run(
     settings = vqa_model.pruning_identity(pruning)
     name = vqa_model.model_name(model)
     identity = vqa_run.run_identity(tasks, wording, model=name, pruning=settings, data=data, split=split)
-    notes = _PictureNotes(out / vqa_run.PICTURES_FILE)
+    notes = _PictureNotes(out / vqa_run.PICTURES_FILE, data)
     total = sum(len(group.questions) for group in vqa_run.groups_of(tasks, limit=limit, shard=part))
     with _Bar(total) as bar:
         samples = vqa_run.run(
@@ -85,16 +85,13 @@ def run(
 class _PictureNotes:
     """One line per picture: which visual tokens stayed, for the report's overlay."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, data: Path) -> None:
+        self.path, self.data = path, data
 
     def add(self, model: Any, image: str) -> None:
-        from headrace.vlm.vqa_model import kept_tokens
+        from headrace.vlm.vqa_model import note_kept
 
-        found = kept_tokens(model)
-        if found is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"image": image, "kept": found[0], "of": found[1]}) + "\n")
+        note_kept(model, self.data, image, self.path)
 
 
 class _Bar:

@@ -11,7 +11,7 @@ from typing import Any
 from headrace.datasets.flowlearn.prompts import PromptSet
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.vqa_data import TaskSet
-from headrace.vlm.vqa_model import kept_tokens, pruning_identity, pruning_of, set_pruning
+from headrace.vlm.vqa_model import kept_tokens, note_kept, pruning_identity, pruning_of, set_pruning
 from headrace.vlm.vqa_run import PICTURES_FILE, groups_of, run, run_identity
 from headrace.vlm.vqa_samples import Sample, write_json
 
@@ -112,10 +112,7 @@ def sweep(
         notes = folder / PICTURES_FILE
 
         def note(opened: Any, image: str, notes: Path = notes) -> None:
-            found = kept_tokens(opened)
-            if found is not None:
-                with notes.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"image": image, "kept": found[0], "of": found[1]}) + "\n")
+            note_kept(opened, data, image, notes)
 
         def tell(samples: list[Sample], label: str = label) -> None:
             if progress:

@@ -5,6 +5,7 @@ import io
 import math
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -12,6 +13,7 @@ from headrace.datasets.flowlearn.mermaid import parse_mermaid
 from headrace.datasets.flowlearn.records import Graph
 
 THUMBNAIL = 420  # [px], the longer side
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 RIGHT, MISSING, EXTRA = "#2e8b40", "#c23b3b", "#d98a1f"
 
 
@@ -42,18 +44,29 @@ def grid_of(count: int, size: tuple[int, int]) -> tuple[int, int]:
     return min(pairs, key=lambda pair: abs(math.log(pair[0] / pair[1] / wanted)))
 
 
-def kept_overlay(path: Path, kept: list[int], count: int, *, longest: int = THUMBNAIL) -> str:
-    """`<img>` in which the tokens that were dropped are washed out; the whole picture is covered by the token grid."""
+class Kept(NamedTuple):
+    """Visual tokens of a picture that stayed: their numbers in raster order, of how many, and the part of the token
+    grid that the picture covers (left, top, right, bottom, as shares)."""
+
+    tokens: list[int]
+    of: int
+    region: tuple[float, ...] = WHOLE
+
+
+def kept_overlay(path: Path, kept: Kept, *, longest: int = THUMBNAIL) -> str:
+    """`<img>` in which the tokens that were dropped are washed out."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((longest, longest))
-    columns, rows = grid_of(count, image.size)
+    columns, rows = grid_of(kept.of, image.size)
     mask = Image.new("L", (columns, rows), 200)
-    for index in kept:
+    for index in kept.tokens:
         mask.putpixel((index % columns, index // columns), 0)
+    left, top, right, bottom = kept.region
+    box = (left * columns, top * rows, right * columns, bottom * rows)
     white = Image.new("RGB", image.size, "white")
-    washed = Image.composite(white, image, mask.resize(image.size, Image.Resampling.NEAREST))
-    return f'<img src="{data_uri(washed)}" alt="{len(kept)} of {count} tokens kept">'
+    washed = Image.composite(white, image, mask.resize(image.size, Image.Resampling.NEAREST, box=box))
+    return f'<img src="{data_uri(washed)}" alt="{len(kept.tokens)} of {kept.of} tokens kept">'
 
 
 def _places(graph: Graph, labels: list[str]) -> dict[str, tuple[float, float]]:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from headrace.vlm.canvas import Canvas
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.vqa_run import Answerer
 
@@ -84,6 +87,23 @@ def set_pruning(model: Any, pruning: Any) -> None:
     if not hasattr(model, "pruning"):
         raise ValueError(f"{type(model).__name__} takes no pruning; use a model with a vision encoder")
     model.pruning = pruning
+
+
+def note_kept(model: Any, data: Path, image: str, file: Path) -> None:
+    """Append to `file` which visual tokens of a picture stayed, and where on the token grid the picture lies.
+
+    Nothing is written when nothing was pruned. `image` is relative to `data`.
+    """
+    found = kept_tokens(model)
+    if found is None:
+        return
+    note: dict[str, Any] = {"image": image, "kept": found[0], "of": found[1]}
+    canvas = getattr(getattr(model, "encoder", None), "preprocessing", None)
+    if isinstance(canvas, Canvas):
+        with Image.open(data / image) as opened:
+            note["region"] = canvas.region(*opened.size)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(note) + "\n")
 
 
 def kept_tokens(model: Any) -> tuple[list[int], int] | None:

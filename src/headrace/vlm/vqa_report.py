@@ -12,7 +12,7 @@ from headrace.datasets.flowlearn.records import Graph
 from headrace.datasets.flowlearn.write import CHARTS_FILE
 from headrace.vlm.vqa_bench import PREFILL_FILE
 from headrace.vlm.vqa_charts import Series, interval_bar, line_chart
-from headrace.vlm.vqa_gallery import graph_difference, kept_overlay, thumbnail
+from headrace.vlm.vqa_gallery import WHOLE, Kept, graph_difference, kept_overlay, thumbnail
 from headrace.vlm.vqa_run import PICTURES_FILE
 from headrace.vlm.vqa_samples import RESULTS_FILE, Sample, read_samples
 
@@ -36,7 +36,7 @@ class Run(NamedTuple):
     folder: Path
     results: dict[str, Any]
     samples: list[Sample]
-    kept: dict[str, tuple[list[int], int]]
+    kept: dict[str, Kept]
     prefill: dict[str, Any]
 
 
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> Run:
     notes = folder / PICTURES_FILE
     lines = notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
-    kept = {row["image"]: (row["kept"], row["of"]) for row in rows}
+    kept = {row["image"]: Kept(row["kept"], row["of"], tuple(row.get("region", WHOLE))) for row in rows}
     timed = folder / PREFILL_FILE
     prefill = json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else {}
     return Run(_run_name(results, folder), folder, results, read_samples(folder), kept, prefill)
@@ -82,7 +82,7 @@ def kept_share(run: Run) -> float:
     if run.prefill:
         return float(run.prefill["share"])
     if run.kept:
-        return sum(len(kept) for kept, _ in run.kept.values()) / sum(count for _, count in run.kept.values())
+        return sum(len(kept.tokens) for kept in run.kept.values()) / sum(kept.of for kept in run.kept.values())
     budget = (run.results["run"]["pruning"] or {}).get("budget", {})
     return float(budget.get("share") or 1.0)
 
@@ -200,9 +200,9 @@ def _graphs(run: Run, data: Path | None) -> str:
 def _overlays(run: Run, data: Path | None) -> str:
     if not run.kept or data is None:
         return ""
-    shown = [(image, kept, count) for image, (kept, count) in run.kept.items() if (data / image).is_file()][:GALLERY]
-    blocks = [f"<div>{kept_overlay(data / image, kept, count)}<p class=note>{escape(image)}: {len(kept)} of {count} "
-              "tokens</p></div>" for image, kept, count in shown]  # fmt: skip
+    shown = [(image, kept) for image, kept in run.kept.items() if (data / image).is_file()][:GALLERY]
+    blocks = [f"<div>{kept_overlay(data / image, kept)}<p class=note>{escape(image)}: {len(kept.tokens)} of {kept.of} "
+              "tokens</p></div>" for image, kept in shown]  # fmt: skip
     return f"<h2>Kept tokens: {escape(run.name)}</h2><div class=row>{''.join(blocks)}</div>"
 
 
