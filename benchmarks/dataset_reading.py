@@ -6,9 +6,13 @@ order, one process without worker processes.
 
     python benchmarks/dataset_reading.py --dataset FOLDER      # any LeRobotDataset v3.0
     python benchmarks/dataset_reading.py                       # makes 2 cameras x 10 episodes x 60 frames of 128 px
+    python benchmarks/dataset_reading.py --horizon 50 --samples 160   # long chunks: where LeRobot 0.6.1 decodes most
+
+The third column is LeRobot with the plugin's `fast_pictures`, which changes data that keep pictures in tables alone.
 """
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +26,8 @@ import tyro
 
 from headrace.datasets.lerobot_demos import LeRobotDemos
 from headrace.training.batches import batches
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "lerobot_policy_vipra" / "src"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +80,15 @@ def rate(read: Callable[[], int]) -> tuple[float, float]:
     return count / (time.process_time() - used), count / (time.perf_counter() - wall)
 
 
-def read_lerobot(folder: Path, settings: Settings, clip: int) -> tuple[float, float]:
-    """LeRobot's dataset in a torch DataLoader."""
+def read_lerobot(folder: Path, settings: Settings, clip: int, *, fast: bool) -> tuple[float, float]:
+    """LeRobot's dataset in a torch DataLoader, as it is or with fast reading of pictures."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
+    from lerobot_policy_vipra import fast_pictures
 
+    if fast:
+        fast_pictures.install()
+    else:
+        fast_pictures.uninstall()
     meta = LeRobotDatasetMetadata("local/read", root=folder)
     deltas = {"action": [k / meta.fps for k in range(settings.horizon)]}
     if clip > 1:
@@ -117,9 +128,10 @@ def main(settings: Settings) -> None:
     torch.set_num_threads(1)
     rows = []
     print(
-        "| data | pictures per camera | LeRobot, samples per CPU s (wall) | headrace | ratio | first opening, CPU s |"
+        "| data | pictures per camera | LeRobot, samples per CPU s (wall) | LeRobot, fast pictures | headrace | "
+        "headrace to LeRobot | first opening, CPU s |"
     )
-    print("|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         made = Path(temporary)
         folders = [("given", settings.dataset)] if settings.dataset else [
@@ -127,12 +139,21 @@ def main(settings: Settings) -> None:
         ]  # fmt: skip
         for kind, folder in folders:
             for clip in (1, settings.clip):
-                theirs = read_lerobot(folder, settings, clip)
+                theirs = read_lerobot(folder, settings, clip, fast=False)
+                quick = read_lerobot(folder, settings, clip, fast=True)
                 ours = read_headrace(folder, settings, clip, made / f"cache_{kind}_{clip}")
-                row = {"data": kind, "clip": clip, "lerobot": theirs, "headrace": ours[:2], "opening": ours[2]}
+                row = {
+                    "data": kind,
+                    "clip": clip,
+                    "lerobot": theirs,
+                    "fast": quick,
+                    "headrace": ours[:2],
+                    "opening": ours[2],
+                }
                 rows.append(row)
                 print(
-                    f"| {kind} | {clip} | {theirs[0]:.0f} ({theirs[1]:.0f}) | {ours[0]:.0f} ({ours[1]:.0f}) | "
+                    f"| {kind} | {clip} | {theirs[0]:.0f} ({theirs[1]:.0f}) | {quick[0]:.0f} ({quick[1]:.0f}) | "
+                    f"{ours[0]:.0f} ({ours[1]:.0f}) | "
                     f"{ours[0] / theirs[0]:.1f} | {ours[2]:.1f} |"
                 )
     if settings.out is not None:

@@ -124,3 +124,40 @@ def test_lerobots_evaluation_loop_runs_on_it():
     _, reward, terminated, truncated, info = made.step(np.zeros((1, 7), np.float32))
     assert not (reward.any() or terminated.any() or truncated.any()) and not info["is_success"].any()
     made.close()
+
+
+@pytest.mark.sim
+@pytest.mark.render
+@pytest.mark.slow
+@pytest.mark.skipif(bool(missing_files(simpler_task("stack-cube"))), reason="SIMPLER's scenes are not here")
+def test_lerobots_eval_command_runs_a_task_to_its_end(tmp_path, monkeypatch):
+    """LeRobot's own command with a random ACT: all 60 steps under the official rule, the numbers and the video."""
+    import json
+    import logging
+
+    from lerobot.scripts.lerobot_eval import main
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    small = (
+        "dim_model=32",
+        "n_heads=2",
+        "dim_feedforward=32",
+        "n_encoder_layers=1",
+        "pretrained_backbone_weights=null",
+    )
+    options = ["--policy.type=act", "--policy.device=cpu", "--policy.push_to_hub=false"]
+    options += [f"--policy.{option}" for option in small]
+    options += ["--env.type=simpler", "--env.task=stack-cube", "--env.width=64"]
+    options += ["--eval.n_episodes=1", "--eval.batch_size=1", f"--output_dir={tmp_path / 'eval'}"]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["lerobot-eval", *options])
+    try:
+        main()
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+    info = json.loads((tmp_path / "eval" / "eval_info.json").read_text())
+    metrics = info["per_task"][0]["metrics"]
+    assert info["overall"]["n_episodes"] == 1 and len(metrics["successes"]) == 1
+    assert Path(metrics["video_paths"][0]).stat().st_size > 0

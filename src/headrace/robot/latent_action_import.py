@@ -4,7 +4,9 @@ Source: sroutray/vipra@d5d8c0d, class LAQ; released as vipra-project/vipra-laq.
 """
 
 import re
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from headrace.nn.pretrained import load_strictly
@@ -106,3 +108,32 @@ def from_official(official: dict[str, Tensor], config: LatentActionConfig | None
     model = LatentActionModel(config or LatentActionConfig())
     load_strictly(model, official_state(official), what="the official latent action model")
     return model.eval()
+
+
+def read_official(path: str | Path) -> dict[str, Tensor]:
+    """The state of a published latent action model: a PyTorch file, bare, under `model`, or wrapped by a trainer.
+
+    Only tensors are read, never objects.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: Not a PyTorch file of tensors, or no state of class LAQ in it.
+    """
+    import pickle
+
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no PyTorch file of plain tensors ({error}); it is not loaded") from error
+    for name in ("model", "state_dict", "module"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), dict):
+            loaded = loaded[name]
+    state = {str(key).removeprefix("module."): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if "vq.codebooks" not in state:
+        raise ValueError(f"{path} holds no latent action model of class LAQ (there is no vq.codebooks)")
+    return state
+
+
+def load_official(path: str | Path, config: LatentActionConfig | None = None) -> LatentActionModel:
+    """`from_official` of `read_official`."""
+    return from_official(read_official(path), config)

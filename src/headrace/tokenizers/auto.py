@@ -14,6 +14,7 @@ TOKENIZERS = {
     "tokenflow": "headrace.tokenizers.tokenflow:TokenFlow",
     "uniflow": "headrace.tokenizers.uniflow:UniFlow",
     "flowtok": "headrace.tokenizers.flowtok:FlowTok",
+    "lwm-vqgan": "headrace.tokenizers.lwm_vqgan:LwmVQGAN",
 }
 
 

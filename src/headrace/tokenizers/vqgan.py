@@ -23,12 +23,14 @@ class VQGANConfig:
         multipliers: Width of each level as a multiple of `width`, finest first; each but the last halves the side.
         blocks: Residual blocks per level; the decoder has one more per level.
         latent: Channels of the latent map.
+        attention: Whether the coarsest level and the middle have attention; LWM's does not.
     """
 
     width: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     latent: int = 256
+    attention: bool = True
 
     def __post_init__(self) -> None:
         if self.width < GROUPS or self.width % GROUPS:
@@ -130,9 +132,10 @@ class Level(nn.Module):
         return x
 
 
-def middle(width: int) -> nn.ModuleList:
-    """Residual block, attention, residual block at the coarsest resolution."""
-    return nn.ModuleList([ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)])
+def middle(width: int, *, attention: bool) -> nn.ModuleList:
+    """Residual block, attention where asked, residual block at the coarsest resolution."""
+    between = [AttentionBlock(width)] if attention else []
+    return nn.ModuleList([ResidualBlock(width, width), *between, ResidualBlock(width, width)])
 
 
 class VQGANEncoder(nn.Module):
@@ -147,9 +150,11 @@ class VQGANEncoder(nn.Module):
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             chain = [before] + [width] * config.blocks
-            self.conv_blocks.append(Level(chain, attention=last, resample=None if last else Downsample(width)))
+            self.conv_blocks.append(
+                Level(chain, attention=last and config.attention, resample=None if last else Downsample(width))
+            )
             before = width
-        self.mid = middle(before)
+        self.mid = middle(before, attention=config.attention)
         self.norm_out = nn.GroupNorm(GROUPS, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, config.latent, 3, padding=1)
 
@@ -168,13 +173,14 @@ class VQGANDecoder(nn.Module):
         super().__init__()
         widths = [config.width * m for m in reversed(config.multipliers)]
         self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
-        self.mid = middle(widths[0])
+        self.mid = middle(widths[0], attention=config.attention)
         self.conv_blocks = nn.ModuleList()
         before = widths[0]
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             chain = [before] + [width] * (config.blocks + 1)
-            self.conv_blocks.append(Level(chain, attention=index == 0, resample=None if last else Upsample(width)))
+            attention = index == 0 and config.attention
+            self.conv_blocks.append(Level(chain, attention=attention, resample=None if last else Upsample(width)))
             before = width
         self.norm_out = nn.GroupNorm(GROUPS, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)

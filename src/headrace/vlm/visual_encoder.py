@@ -96,8 +96,8 @@ class VisualEncoder(nn.Module):
         self.codes = self._code_count() if config.tokens == "codes" else None
 
     def _code_count(self) -> int:
-        quantizer = self.inner.config.quantizer
-        return int(quantizer.codes)
+        config = self.inner.config
+        return int(getattr(config, "quantizer", config).codes)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Rows (B, N, D) or codes (B, N); rows are NaN where a pruning context dropped their patches."""
