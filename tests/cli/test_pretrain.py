@@ -1,0 +1,75 @@
+"""The commands in a row, on one small LeRobot dataset: label, pretrain, finetune."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from headrace.cli.finetune import finetune
+from headrace.cli.label import label
+from headrace.cli.pretrain import pretrain
+from headrace.robot.latent_action import LatentActionModel
+from headrace.robot.latent_action_config import LatentActionConfig
+from headrace.robot.policy import load_policy
+from headrace.robot.vipra_pretraining import VipraPretraining
+from headrace.tokenizers.tokenflow import TokenFlow, TokenFlowConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    root, random = tmp_path_factory.mktemp("story"), np.random.default_rng(0)
+    features = {
+        "observation.images.base": {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]},
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": list("abcd")},
+        "action": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper"]},
+    }
+    made = LeRobotDataset.create("local/demos", 20, features, root=root / "demos", use_videos=False)
+    for _ in range(2):
+        for _ in range(8):
+            picture = random.integers(0, 256, (64, 64, 3), np.uint8)
+            numbers = {"observation.state": random.normal(size=4), "action": random.normal(size=3)}
+            floats = {key: value.astype(np.float32) for key, value in numbers.items()}
+            made.add_frame({"observation.images.base": picture, **floats, "task": "push the cube"})
+        made.save_episode()
+    made.finalize()
+    for seed, name in enumerate(("lam", "other_lam")):
+        torch.manual_seed(seed)
+        LatentActionModel(LatentActionConfig.tiny()).eval().save_pretrained(root / name)
+    TokenFlow(TokenFlowConfig.tiny()).eval().save_pretrained(root / "tokenizer")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_videos_become_a_policy_that_remembers_them(folder, tmp_path, capsys):
+    data, labels = (str(folder / "demos"),), tmp_path / "labels"
+    assert label(folder / "lam", data=data, out=labels, horizon=4) == 0
+    shared = {"data": data, "labels": labels, "size": "tiny", "camera_size": 64, "steps": 2, "batch_size": 4}
+    with pytest.raises(ValueError, match="not by"):
+        pretrain(**shared, out=tmp_path / "wrong", lam=folder / "other_lam", fields="la")
+    with pytest.raises(ValueError, match="need a frame tokenizer"):
+        pretrain(**shared, out=tmp_path / "wrong", lam=folder / "lam")
+    whole = {**shared, "tokenizer": str(folder / "tokenizer"), "lam": folder / "lam", "cache": tmp_path / "tokens"}
+    assert pretrain(**whole, out=tmp_path / "pictures") == 0
+    assert pretrain(**whole, out=tmp_path / "ids", context="ids") == 0
+    assert pretrain(**shared, out=tmp_path / "la", lam=folder / "lam", fields="la") == 0
+    assert len(list((tmp_path / "tokens").iterdir())) == 1  # both contexts read one cache
+    record = VipraPretraining.from_pretrained(tmp_path / "ids" / "model").config.record
+    assert (record.rate, record.horizon, record.latent_steps, record.future) == (20.0, 4, 4, True)
+    written = json.loads((labels / "labels.json").read_text())
+    assert record.lam_hash == written["lam_hash"]
+    for name in ("pictures", "ids"):
+        out = tmp_path / f"policy_{name}"
+        init = str(tmp_path / name / "model")
+        assert finetune(dataset=data, out=out, init=init, lam=folder / "lam", steps=2, batch_size=4) == 0
+        assert load_policy(str(out / "model")).model.config.pretraining.lam_hash == record.lam_hash
+    assert "fresh: decoder, proprio" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not of"):
+        finetune(dataset=data, out=tmp_path / "no", init=init, lam=folder / "other_lam", steps=2)
