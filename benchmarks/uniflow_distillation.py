@@ -27,7 +27,7 @@ class Options:
     weightings: tuple[str, ...] = ("adaptive", "last")
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 300
-    batch: int = 16
+    batch: int = 8
 
 
 def run(options: Options, weighting: str, seed: int) -> dict[str, float]:

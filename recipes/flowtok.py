@@ -85,7 +85,7 @@ PUBLISHED: dict[Stage, Settings] = {
 }
 TINY: dict[Stage, Settings] = {
     "image-tokenizer": Settings(
-        steps=1500, batch=64, lr=2e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99, uncaptioned=0.5
+        steps=2400, batch=64, lr=2e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99, uncaptioned=0.5
     ),
     "text-to-image": Settings(steps=2000, batch=64, lr=1e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99),
     "text-tokenizer": Settings(steps=400, batch=64, lr=3e-3, warmup=20, cosine=True, floor=0.05, clip=1.0, ema=0.99),

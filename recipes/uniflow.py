@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from headrace.datasets.captioned_shapes import CAPTIONS, CaptionedShapes
+from headrace.datasets.captioned_shapes import CAPTIONS, COLOURS, COLUMNS, ROWS, SHAPES, CaptionedShapes
 from headrace.datasets.picture_crops import PictureCrops
 from headrace.nn.distill import LayerwiseDistillation, Weighting
 from headrace.tokenizers.base import Preprocessing
@@ -123,14 +123,21 @@ def tiny_config() -> UniFlowConfig:
 
 
 class Reader(nn.Module):
-    """The tiny teacher in training: its patch tokens, averaged, name the caption."""
+    """The tiny teacher in training: its patch tokens, averaged, name each word of the caption."""
+
+    choices = (len(COLOURS), len(SHAPES), len(ROWS), len(COLUMNS))
 
     def __init__(self, model: UniFlow) -> None:
         super().__init__()
-        self.encoder, self.head = model.encoder, nn.Linear(model.feature_dim, len(CAPTIONS))
+        self.encoder, self.head = model.encoder, nn.Linear(model.feature_dim, sum(self.choices))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :].mean(1))
+    def forward(self, images: Tensor, label: Tensor) -> Tensor:
+        """Cross-entropy of all words, a scalar, for images (B, 3, S, S) with captions (B,)."""
+        tokens = self.encoder.forward_features(images)[:, self.encoder.num_prefix_tokens :]
+        scores = self.head(tokens.mean(1)).float().split(self.choices, dim=-1)
+        words = np.unravel_index(label.numpy(), self.choices)
+        pairs = zip(scores, words, strict=True)
+        return torch.stack([nn.functional.cross_entropy(s, torch.from_numpy(w)) for s, w in pairs]).sum()
 
 
 def plain_attention() -> sdpa_kernel:
@@ -151,8 +158,7 @@ def train_tiny_teacher(model: UniFlow, *, steps: int, seed: int, batch: int = 32
         images, label = shapes.batch(np.arange(step * batch, (step + 1) * batch))
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16), plain_attention():
-            scores = reader(normalised(images, model.preprocessing))
-        loss = nn.functional.cross_entropy(scores.float(), label)
+            loss = reader(normalised(images, model.preprocessing), label)
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
@@ -161,9 +167,10 @@ def train_tiny_teacher(model: UniFlow, *, steps: int, seed: int, batch: int = 32
 
 @torch.no_grad()
 def pooled(encoder: nn.Module, images: Tensor, size: int = 64) -> Tensor:
-    """Mean patch token after the last norm, in batches."""
-    parts = [encoder.forward_features(part)[:, encoder.num_prefix_tokens :].mean(1) for part in images.split(size)]
-    return torch.cat(parts)
+    """Mean patch token after the last norm, in batches; teacher and adapted encoder both compute in bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16), plain_attention():
+        parts = [encoder.forward_features(part)[:, encoder.num_prefix_tokens :] for part in images.split(size)]
+    return torch.cat([part.float().mean(1) for part in parts])
 
 
 def linear_probe(encoder: nn.Module, preprocessing: Preprocessing, *, train: int = 1440, test: int = 1080) -> float:
@@ -247,7 +254,7 @@ class Loss:
 def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
     """Train `model` in place and save it."""
     tiny = recipe.encoder == "tiny"
-    steps, batch = recipe.steps or (900 if tiny else 70_000), recipe.batch or (16 if tiny else 512)
+    steps, batch = recipe.steps or (1800 if tiny else 70_000), recipe.batch or (8 if tiny else 512)
     lr = recipe.lr or (1e-3 if tiny else 2e-4)
     if recipe.pictures is not None:
         data: Folder | ShapesAndPhotos = Folder(recipe.pictures, model.preprocessing)

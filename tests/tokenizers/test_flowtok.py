@@ -180,7 +180,7 @@ def test_published_sizes():
 def test_a_tokenizer_of_another_resolution_is_refused_by_name(model):
     image, _ = official_state(model)
     # Where training began is no part of a checkpoint.
-    assert image_config(image) == dataclasses.replace(model.config.image, initial_logvar=0.0)
+    assert image_config(image) == dataclasses.replace(model.config.image, initial_logvar=0.0, init_gain=0.0)
     larger = TokenVAE(dataclasses.replace(model.config.image, image_size=64))
     with pytest.raises(ValueError, match=r"grid of 4 x 4 \(32 px\), the model has 8 x 8 \(64 px\)"):
         load_image_tokenizer(larger, image)

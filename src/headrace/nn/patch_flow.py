@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from headrace.nn.shapes import expect_shape
+from headrace.nn.starting_weights import draw_weights
 from headrace.nn.time_embedding import TimeEmbedding
 
 TIME_SCALE = 1000.0
@@ -27,6 +28,7 @@ class PatchFlowConfig:
         time_features: Sinusoids of the time.
         zero_init: Zero the modulation and output layers (MAR). The release draws every linear layer from a
             truncated normal with standard deviation 0.02, which learned slightly faster.
+        init_gain: See `draw_weights`; 0 is the release.
         allow_narrow: Accept `width < patch_dim`; for reading foreign tiny checkpoints, not for training.
     """
 
@@ -36,12 +38,15 @@ class PatchFlowConfig:
     depth: int = 12
     time_features: int = 256
     zero_init: bool = False
+    init_gain: float = 0.0
     allow_narrow: bool = False
 
     def __post_init__(self) -> None:
         for name in ("patch_dim", "condition_dim", "width", "depth", "time_features"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.init_gain < 0:
+            raise ValueError(f"init_gain must not be negative, got {self.init_gain}")
         if self.width < self.patch_dim and not self.allow_narrow:
             raise ValueError(
                 f"the flow head is {self.width} wide but a patch has {self.patch_dim} numbers: a narrower head leaves "
@@ -81,11 +86,9 @@ class PatchFlow(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Truncated normal (0.02) weights and zero biases; with `zero_init` the gates and the output start at 0."""
+        """Truncated normal weights and zero biases; with `zero_init` the gates and the output start at 0."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+            draw_weights(module, gain=self.config.init_gain)
         if self.config.zero_init:
             gates = [block.modulation for block in self.res_blocks if isinstance(block, ModulatedMLP)]
             for layer in (*gates, self.out_modulation, self.out):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from headrace.nn.axial_rope import axial_angles, rotate_pairs
 from headrace.nn.shapes import expect_shape
+from headrace.nn.starting_weights import draw_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -49,6 +50,7 @@ class TokenVAEConfig:
         decoder: Decoder blocks.
         initial_logvar: Where the log-variance of the tokens starts; 0 in the release. A decoder that reads captions can
             learn to ignore tokens that begin as pure noise, and in a short run never comes back: start it low there.
+        init_gain: How wide layers start, see `draw_weights`; 0 is the release.
     """
 
     image_size: int = 256
@@ -59,10 +61,13 @@ class TokenVAEConfig:
     encoder: TowerConfig = TowerConfig(width=768, depth=12, heads=12)
     decoder: TowerConfig = TowerConfig(width=1024, depth=24, heads=16)
     initial_logvar: float = 0.0
+    init_gain: float = 0.0
 
     def __post_init__(self) -> None:
         if self.image_size < self.patch or self.image_size % self.patch:
             raise ValueError(f"image_size {self.image_size} must be a multiple of patch {self.patch}")
+        if self.init_gain < 0:
+            raise ValueError(f"init_gain must not be negative, got {self.init_gain}")
         for name in ("tokens", "channels", "text_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -224,10 +229,7 @@ class TokenVAE(nn.Module):
         self.encoder = ImageEncoder(config)
         self.decoder = ImageDecoder(config)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            draw_weights(module, gain=config.init_gain)
         nn.init.constant_(self.encoder.out.bias[config.channels :], config.initial_logvar)
 
     def encode(self, images: Tensor) -> Posterior:

@@ -5,7 +5,8 @@ Source: arXiv 2510.10575 and ZhengrongYue/UniFlow (modeling_uniflow.py). Time ru
 
 # Shape letters in this file: B batch, N patches, D encoder width, Z latent channels, P numbers in a patch.
 
-from typing import Any, ClassVar, Literal, Self
+from functools import partial
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from headrace.nn.grid_positions import GridPositions
 from headrace.nn.patch_flow import PatchFlow, power_grid
 from headrace.nn.patches import patch_grid, unpatchify
 from headrace.nn.shapes import expect_shape
+from headrace.nn.starting_weights import draw_weights
 from headrace.nn.vit_features import block_outputs, patch_tokens
 from headrace.tokenizers.base import RANGE_SLACK, Preprocessing, Tokenizer
 from headrace.tokenizers.uniflow_config import UniFlowConfig
@@ -68,7 +70,7 @@ class UniFlow(Tokenizer):
         )
         self.flow_head = PatchFlow(config.flow_head)
         for part in (self.to_latent, self.from_latent, self.global_blocks):
-            part.apply(_truncated_normal)
+            part.apply(partial(draw_weights, gain=config.init_gain))
         self.register_buffer("latent_count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels, dtype=torch.float64))
         self.register_buffer("latent_square", torch.ones(config.latent_channels, dtype=torch.float64))
@@ -250,9 +252,3 @@ class UniFlow(Tokenizer):
         if not self.latent_count.item():
             raise ValueError("no latent statistics yet; call observe_latents on encoded training images first")
         return (latents * self.latent_std() + self.latent_mean).to(latents.dtype)
-
-
-def _truncated_normal(module: Any) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

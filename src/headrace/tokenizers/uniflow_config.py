@@ -27,6 +27,7 @@ class UniFlowConfig:
         target_scale: Factor on normalised pixels so that their deviation is about 1 (2 for encoders with std 0.5).
         interpolate_positions: False refuses grids other than the native one.
         zero_init: Zero-initialise the head's gates and output; see `PatchFlowConfig`.
+        init_gain: How wide new layers start, see `draw_weights`; 0 is the release.
         allow_narrow_head: Accept a head that is narrower than a patch (only to read such checkpoints).
         time_sampling: Law of the training times.
         time_per: One time per `patch` (third-party training code) or per `image`.
@@ -48,6 +49,7 @@ class UniFlowConfig:
     target_scale: float = 1.0
     interpolate_positions: bool = True
     zero_init: bool = False
+    init_gain: float = 0.0
     allow_narrow_head: bool = False
     time_sampling: TimeSampling = "fat_lognormal"
     time_per: Literal["patch", "image"] = "patch"
@@ -87,6 +89,7 @@ class UniFlowConfig:
             width=self.flow_width or self.encoder.width,
             depth=self.flow_depth,
             zero_init=self.zero_init,
+            init_gain=self.init_gain,
             allow_narrow=self.allow_narrow_head,
         )
 
@@ -113,4 +116,4 @@ class UniFlowConfig:
     @classmethod
     def tiny(cls) -> Self:
         """64 px, 64 tokens of 32 numbers, 6.4M parameters; respects the width rule (256 >= 192)."""
-        return cls(encoder=ENCODERS["tiny"], latent_channels=32, global_depth=2, flow_depth=3)
+        return cls(encoder=ENCODERS["tiny"], latent_channels=32, global_depth=2, flow_depth=3, init_gain=0.64)
