@@ -235,10 +235,25 @@ def drift(model: UniFlow, teacher: nn.Module, *, count: int = 128, seed: int = 7
 
 
 class Loss:
-    """UniFlow's loss as `fit` calls it; holds the frozen teacher and feeds the latent statistics."""
+    """UniFlow's loss as `fit` calls it; holds the frozen teacher and feeds the latent statistics.
 
-    def __init__(self, distillation: LayerwiseDistillation | None) -> None:
-        self.distillation = distillation
+    Every `every` updates it also decodes a few watched pictures in one step from fixed noise; their PSNR [dB] and seam
+    ratio stand in the log until the next time.
+    """
+
+    def __init__(self, distillation: LayerwiseDistillation | None, watched: Tensor, *, every: int = 100) -> None:
+        self.distillation, self.watched, self.every = distillation, watched, every
+        self.calls, self.seen = 0, {"watched/psnr": torch.tensor(0.0), "watched/seam": torch.tensor(0.0)}
+
+    @torch.no_grad()
+    def watch(self, model: UniFlow) -> None:
+        """Measure the watched pictures."""
+        model.eval()
+        pixels, unit = self.watched.to(model.device), model.preprocessing.to_unit
+        copies = unit(model.decode(model.encode(pixels), steps=1).float())
+        seam = seam_ratio(copies, model.config.encoder.patch)
+        self.seen = {"watched/psnr": psnr(unit(pixels), copies).mean(), "watched/seam": seam.mean()}
+        model.train()
 
     def __call__(self, model: UniFlow, batch: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         if self.distillation is not None:
@@ -248,7 +263,19 @@ class Loss:
         layers = {f"alpha/{i}": a for i, a in enumerate(terms.alpha, start=1)}
         layers |= {f"weight/{i}": w for i, w in enumerate(terms.weight, start=1)}
         times = {f"flow/t{i}": f for i, f in enumerate(terms.flow_by_time)}
-        return {"total": terms.total, "flow": terms.flow, "distill": terms.distill, **layers, **times}
+        if self.calls % self.every == 0:
+            self.watch(model)
+        self.calls += 1
+        spread = {"latent/std": terms.latents.float().std()}
+        return {
+            "total": terms.total,
+            "flow": terms.flow,
+            "distill": terms.distill,
+            **layers,
+            **times,
+            **spread,
+            **self.seen,
+        }
 
 
 def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
@@ -269,7 +296,7 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
     with plain_attention() if tiny else nullcontext():
         fit(
             model,
-            Loss(distillation),
+            Loss(distillation, data.batch(np.arange(min(8, len(data))))),
             torch.optim.AdamW(parameter_groups(model, lr=lr), betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             batches(data, batch, seed=recipe.seed),
             steps=steps,

@@ -1,5 +1,6 @@
 import copy
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ def test_two_steps_run_and_leave_a_model_with_latent_statistics(recipe, tmp_path
     teacher = copy.deepcopy(model.encoder).eval()
     assert max(recipe.drift(model, teacher, count=2).values()) == pytest.approx(0, abs=1e-5)
     recipe.adapt(settings, model, teacher)
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"alpha/1", "weight/4", "flow/t3", "watched/psnr", "watched/seam", "latent/std"} <= set(logged)
+    assert logged["watched/psnr"] > 0
     again = UniFlow.from_pretrained(tmp_path / "model")
     assert again.latent_count.item() == 2 * 4 * 64
     assert min(recipe.drift(again, teacher, count=2).values()) > 0
