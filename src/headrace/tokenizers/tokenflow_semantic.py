@@ -1,7 +1,7 @@
 """TokenFlow's semantic branch: a pretrained vision tower that is trained on, and a decoder to teacher features."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import timm
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models.beit import Beit
 from torch import Tensor, nn
 
-Family = Literal["clip", "vitamin", "siglip"]
+Family = Literal["clip", "vitamin", "siglip", "efficientnet"]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Reference code resizes position tables by the factor (target + 0.1) / source; asking for the size gives other numbers.
 RESIZE_EXTRA = 0.1
@@ -34,7 +34,10 @@ FAMILIES: dict[Family, FamilyFacts] = {
     "clip": FamilyFacts("vit_base_patch16_clip_quickgelu_224", None, None, False),
     "vitamin": FamilyFacts("vitamin_xlarge_256", CLIP_MEAN, CLIP_STD, False),
     "siglip": FamilyFacts("vit_so400m_patch14_siglip_384", (0.5,) * 3, (0.5,) * 3, True),
+    "efficientnet": FamilyFacts("efficientnet_lite0", None, None, False),
 }
+# EfficientNet-Lite0 is cut after its stage at 1/16 of the input.
+EFFICIENTNET_STAGE, EFFICIENTNET_STRIDE, EFFICIENTNET_WIDTH = 3, 16, 112
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,12 @@ class TowerConfig:
     """The vision tower.
 
     Attributes:
-        family: `clip` (TokenFlow-B), `vitamin` (L) or `siglip` (XL).
+        family: `clip` (TokenFlow-B), `vitamin` (L) or `siglip` (XL); `efficientnet` (not in the paper) is for machines
+            without a network, because a package ships its ImageNet weights.
         size: Side of the pictures that the position table is made for [px]; other sizes interpolate it (`clip` only).
-        patch: Side of a patch [px].
-        width, depth, heads: Of the transformer. `vitamin` takes the published ones.
+        patch: Side of a patch [px]; of `efficientnet`, the side that one place of the grid stands for.
+        width, depth, heads: Of the transformer. `vitamin` and `efficientnet` have their own, the width of
+            `efficientnet` is 112.
         hidden: Width of the feed-forward layers.
     """
 
@@ -64,6 +69,8 @@ class TowerConfig:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.family == "siglip" and self.depth < 2:
             raise ValueError("the siglip tower gives the features before its last block, so it needs a depth of 2")
+        if self.family == "efficientnet" and self.width != EFFICIENTNET_WIDTH:
+            raise ValueError(f"the efficientnet tower has a width of {EFFICIENTNET_WIDTH}, got {self.width}")
 
     @property
     def grid(self) -> int:
@@ -77,6 +84,8 @@ class SemanticTower(nn.Module):
     `clip` feeds [-1, 1] without CLIP's mean and std, as the released TokenFlow-B does: the tower is trained on, so it
     need not see what it was pretrained on. Its output is normalised by the tower's last norm; `siglip` gives the state
     before its last block, whose parameters, with the last norm and the pooling head, stay unused and frozen.
+    `efficientnet` sees pictures at twice their size and gives its map at 1/16 of that, interpolated to the grid, as
+    `EfficientNetTeacher` does; its batch norms keep the statistics they came with.
     """
 
     def __init__(self, config: TowerConfig) -> None:
@@ -94,7 +103,20 @@ class SemanticTower(nn.Module):
             images = normalise(images, self.facts.mean, self.facts.std)
         if self.config.family == "vitamin":
             return self.model.forward_features(images)
-        return self._vit(images)
+        return self._convolutions(images) if self.config.family == "efficientnet" else self._vit(images)
+
+    def train(self, mode: bool = True) -> Self:
+        """Batch norms of `efficientnet` stay in eval mode."""
+        return super().train(mode and self.config.family != "efficientnet")
+
+    def _convolutions(self, images: Tensor) -> Tensor:
+        side = max(2 * self.config.size, 2 * EFFICIENTNET_STRIDE)
+        # Depthwise convolutions gain nothing from half precision, on a CPU they lose.
+        with torch.autocast(images.device.type, enabled=False):
+            images = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+            (features,) = self.model(images.contiguous(memory_format=torch.channels_last))
+            features = F.interpolate(features, size=(self.config.grid,) * 2, mode="bilinear")
+        return features.flatten(2).transpose(1, 2)
 
     def _vit(self, images: Tensor) -> Tensor:
         model = self.model
@@ -117,6 +139,9 @@ def build_tower(config: TowerConfig) -> nn.Module:
         model = timm.create_model(name, num_classes=0, img_size=config.size)
         model.fc_norm = nn.Identity()
         return model
+    if config.family == "efficientnet":
+        cut: dict[str, Any] = {"features_only": True, "out_indices": (EFFICIENTNET_STAGE,), "bn_eps": 1e-3}
+        return timm.create_model(name, **cut).to(memory_format=torch.channels_last)
     shape: dict[str, Any] = {
         "img_size": config.size,
         "patch_size": config.patch,
