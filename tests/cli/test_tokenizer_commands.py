@@ -51,3 +51,5 @@ def test_wrong_combinations_are_explained(tmp_path):
         train(data="crops", out=tmp_path, stage="decoder")
     with pytest.raises(ValueError, match="--teacher tower"):
         train(data="crops", out=tmp_path, variant="tiny")
+    with pytest.raises(ValueError, match="--pool"):
+        train(data="crops", out=tmp_path, pool=8, teacher="tower")

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from headrace.nn.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 from headrace.vlm.next_scale import HeadNorm, NextScaleConfig, NextScaleGenerator
+from headrace.vlm.next_scale_passes import CachedPasses, RecomputedPasses
 from headrace.vlm.next_scale_sampling import Sampling, draw, generate_codes
 
 CONFIG = NextScaleConfig.tiny()
@@ -31,8 +32,8 @@ def test_cache_gives_identical_greedy_codes(parts, sampling):
     model, quantizer = parts
     prompt, nothing = model.pad(PROMPTS), model.pad([[2], [2]])
     runs = [
-        generate_codes(model, quantizer, prompt, unconditional=nothing, sampling=sampling, cached=cached)
-        for cached in (True, False)
+        generate_codes(model, quantizer, prompt, unconditional=nothing, sampling=sampling, passes=passes)
+        for passes in (CachedPasses, RecomputedPasses)
     ]
     assert torch.equal(*runs)
     assert runs[0].shape == (2, 30) and len(runs[0].unique()) > 5

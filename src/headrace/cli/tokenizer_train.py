@@ -28,6 +28,7 @@ def train(
     tower_factor: float = 1.0,
     pool: int = 0,
     adversarial_start: int = 20_000,
+    pixel_weight: float = 1.0,
     scale_drop: float = 0.1,
     distance_weights: tuple[float, float] = (1.0, 1.0),
     restart_every: int = 0,
@@ -56,6 +57,7 @@ def train(
         pool: Take pictures from this many only and keep the EfficientNet teacher's features of them in memory; 0 takes
             fresh ones all the time. A built-in set is the same pool for every seed.
         adversarial_start: Update from which the critic takes part.
+        pixel_weight: Weight of the mean squared error of pixels.
         scale_drop: Probability of leaving out a scale in an update.
         distance_weights: Weight of the semantic and the pixel codebook in the shared distance; a tiny weight for one
             makes the other choose alone.
@@ -76,15 +78,16 @@ def train(
     from headrace.training.batches import batches
     from headrace.training.loop import fit
 
+    if pool and (stage != "all" or teacher != "efficientnet"):
+        raise ValueError("--pool keeps features of the EfficientNet teacher: it goes with stage 'all' and that teacher")
     torch.manual_seed(seed)
     model = _model(variant, start, stage, distance_weights)
     taught_by = _teacher(model, teacher, fresh=start is None) if stage == "all" else None
-    if pool and not isinstance(taught_by, EfficientNetTeacher):
-        raise ValueError("--pool keeps features of the EfficientNet teacher; it needs --stage all --teacher efficientnet")
     if tower_factor == 0:
         model.tower.requires_grad_(False)
     config = TokenFlowLossConfig(
         stage=stage,
+        pixel=pixel_weight,
         adversarial_start=adversarial_start,
         scale_drop=scale_drop,
         tower_is_teacher=tower_factor == 0
@@ -130,6 +133,7 @@ def train(
             "pool": pool,
             "tower_factor": tower_factor,
             "adversarial_start": adversarial_start,
+            "pixel_weight": pixel_weight,
             "scale_drop": scale_drop,
             "distance_weights": list(distance_weights),
             "restart_every": restart_every,

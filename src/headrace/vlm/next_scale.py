@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from headrace.nn.pretrained import Pretrained
+from headrace.nn.quantizers.joint_search import largest_products
 from headrace.nn.quantizers.multi_scale import MultiScaleQuantizer
 from headrace.nn.shapes import expect_shape
 
@@ -222,6 +223,12 @@ class NextScaleGenerator(Pretrained):
         first = self.config.text_vocab
         return F.linear(hidden, self.language.lm_head.weight[first : first + self.config.codes])
 
+    def likeliest_codes(self, hidden: Tensor) -> Tensor:
+        """The code with the largest logit, (..., W) to int64 (...); the logits are never all in memory."""
+        first = self.config.text_vocab
+        rows = self.language.lm_head.weight[first : first + self.config.codes]
+        return largest_products(hidden.flatten(0, -2), rows).view(hidden.shape[:-1])
+
     def image_logits(self, prompt: Prompt, rows: Tensor) -> Tensor:
         """Logits of the first 1 + M codes in one pass over prompt and feature rows, without a cache.
 
@@ -232,10 +239,14 @@ class NextScaleGenerator(Pretrained):
         Returns:
             Shape (B, 1 + M, codes).
         """
+        return self.code_logits(self.image_states(prompt, rows))
+
+    def image_states(self, prompt: Prompt, rows: Tensor) -> Tensor:
+        """The last states that `image_logits` reads the logits from, shape (B, 1 + M, W)."""
         expect_shape("rows", rows, (len(prompt.ids), None, self.config.feature_dim))
         embeds = torch.cat([self.embed_prompt(prompt), self.embed_rows(rows, start=1)], dim=1)
         hidden = self.hidden(embeds, self.mask(prompt.real, rows.shape[1]), positions_of(prompt.real, rows.shape[1]))
-        return self.code_logits(hidden[:, prompt.ids.shape[1] - 1 :])
+        return hidden[:, prompt.ids.shape[1] - 1 :]
 
     def mask(self, real: Tensor, rows: int, tail: int = 0) -> Tensor:
         """Who may look at whom: causal, but in both directions inside a scale, and never at fillings.

@@ -1,19 +1,20 @@
-"""Sampling of a next-scale generator: guidance that grows with the scale, refinement passes, and a key/value cache.
+"""Sampling of a next-scale generator: guidance that grows with the scale, and passes that refine a scale.
 
-The released code computes the whole sequence anew in every pass. Here each scale is computed once against a cache;
-passes that refine a scale run on a fork of the cache from before that scale, so what later scales see stays the same.
+How the passes are computed, with or without a cache, is `headrace.vlm.next_scale_passes`.
 """
 # Shape letters: B prompts, K codes of the codebook, N codes of all scales, n codes of a scale.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from headrace.nn.quantizers.multi_scale import MultiScaleQuantizer
-from headrace.vlm.kv_cache import KVCache
-from headrace.vlm.next_scale import NextScaleGenerator, Prompt, positions_of
+from headrace.vlm.next_scale import NextScaleGenerator, Prompt
+from headrace.vlm.next_scale_passes import CachedPasses, Passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def generate_codes(
     unconditional: Prompt | None = None,
     sampling: Sampling = Sampling(),
     generator: torch.Generator | None = None,
-    cached: bool = True,
+    passes: Callable[[NextScaleGenerator, MultiScaleQuantizer, Prompt], Passes] = CachedPasses,
 ) -> Tensor:
     """Draw the codes of pictures.
 
@@ -62,7 +63,7 @@ def generate_codes(
         unconditional: What guidance leads away from: B prompts of nothing (as in training) or of unwanted things.
         sampling: Guidance, passes and filters.
         generator: Source of randomness.
-        cached: False computes everything anew in each pass, as the released code does; for comparison.
+        passes: How passes are computed; `RecomputedPasses` does without a cache, for comparison.
 
     Returns:
         int64, shape (B, N); `tokenizer.decode` makes pictures of it.
@@ -79,20 +80,21 @@ def generate_codes(
         )
     if sampling.guidance > 0 and unconditional is None:
         raise ValueError("guidance needs unconditional prompts; give them or set guidance to 0")
-    both = prompt if sampling.guidance == 0 or unconditional is None else _stack(model, prompt, unconditional)
-    passes = _Cached(model, both) if cached else _Anew(model, both)
+    both = prompt if sampling.guidance == 0 or unconditional is None else stack(model, prompt, unconditional)
+    run = passes(model, quantizer, both)
     codes = torch.zeros(len(prompt.ids), 0, dtype=torch.int64, device=model.device)
     last = max(len(config.scales) - 1, 1)
     for scale in range(len(config.scales)):
         strength = sampling.guidance * scale / last
         fresh = codes
         for number in range(1 if scale == 0 else len(sampling.top_k)):
-            rows = None
-            if scale > 0:
-                rows = quantizer.next_scale_inputs(fresh, refine=number > 0)
-                rows = rows.repeat(len(both.ids) // len(rows), 1, 1)
-            logits = _guided(passes.logits(scale, rows, refine=number > 0), len(codes), strength)
-            drawn = draw(logits, top_k=sampling.top_k[number], top_p=sampling.top_p[number], generator=generator)
+            states = run.states(fresh.repeat(len(both.ids) // len(fresh), 1), refine=number > 0)
+            states = _guided(states, len(codes), strength)
+            if sampling.top_k[number] == 1:
+                drawn = model.likeliest_codes(states)
+            else:
+                k, p = sampling.top_k[number], sampling.top_p[number]
+                drawn = draw(model.code_logits(states), top_k=k, top_p=p, generator=generator)
             fresh = torch.cat([codes, drawn], dim=1)
         codes = fresh
     return codes
@@ -103,8 +105,6 @@ def draw(logits: Tensor, *, top_k: int, top_p: float, generator: torch.Generator
 
     The `top_k` likeliest are kept, then of these the fewest that hold a mass of `top_p` (0 keeps all).
     """
-    if top_k == 1:
-        return logits.argmax(-1)
     values, places = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
     shares = values.softmax(-1)
     if top_p > 0:
@@ -114,62 +114,18 @@ def draw(logits: Tensor, *, top_k: int, top_p: float, generator: torch.Generator
     return places.gather(-1, picked)[..., 0]
 
 
-def _guided(logits: Tensor, count: int, strength: float) -> Tensor:
-    if len(logits) == count:
-        return logits
-    wanted, unwanted = logits.chunk(2)
+def _guided(states: Tensor, count: int, strength: float) -> Tensor:
+    """Guidance on the states: logits are linear in them, so this is guidance on the logits at half the products."""
+    if len(states) == count:
+        return states
+    wanted, unwanted = states.chunk(2)
     return (1 + strength) * wanted - strength * unwanted
 
 
-def _stack(model: NextScaleGenerator, prompt: Prompt, unconditional: Prompt) -> Prompt:
+def stack(model: NextScaleGenerator, prompt: Prompt, unconditional: Prompt) -> Prompt:
+    """Wanted prompts and then what guidance leads away from, as one batch of one length."""
     if len(prompt.ids) != len(unconditional.ids):
         raise ValueError(f"{len(prompt.ids)} prompts need as many unconditional ones, got {len(unconditional.ids)}")
-    rows = [row[keep].tolist() for p in (prompt, unconditional) for row, keep in zip(p.ids, p.real, strict=True)]
-    return model.pad(rows)
-
-
-class _Anew:
-    """Every pass over the whole sequence."""
-
-    def __init__(self, model: NextScaleGenerator, prompt: Prompt) -> None:
-        self.model, self.prompt = model, prompt
-
-    def logits(self, scale: int, rows: Tensor | None, *, refine: bool) -> Tensor:
-        if rows is None:
-            rows = torch.zeros(len(self.prompt.ids), 0, self.model.config.feature_dim, device=self.model.device)
-        return self.model.image_logits(self.prompt, rows)[:, -self.model.config.counts[scale] :]
-
-
-class _Cached:
-    """Every pass over the places of one scale only."""
-
-    def __init__(self, model: NextScaleGenerator, prompt: Prompt) -> None:
-        self.model, self.prompt = model, prompt
-        self.length = prompt.ids.shape[1]
-        self.cache = KVCache()
-        self.before = self.cache
-        self.positions = positions_of(prompt.real, sum(model.config.counts))
-
-    def logits(self, scale: int, rows: Tensor | None, *, refine: bool) -> Tensor:
-        model = self.model
-        if rows is None:
-            embeds = model.embed_prompt(self.prompt)
-            mask = model.mask(self.prompt.real, 0)
-            hidden = model.hidden(embeds, mask, self.positions[:, : self.length], self.cache)
-            return model.code_logits(hidden[:, -1:])
-        count = model.config.counts[scale]
-        start = sum(model.config.counts[:scale])
-        if refine:
-            cache = self.before.fork()
-        else:
-            self.before = self.cache.fork()
-            cache = self.cache
-        seen = torch.nn.functional.pad(self.prompt.real, (0, cache.length + count - self.length), value=True)
-        first = self.length - 1 + start
-        hidden = model.hidden(
-            model.embed_rows(rows[:, -count:], start=start),
-            seen[:, None].expand(-1, count, -1),
-            self.positions[:, first : first + count],
-            cache,
-        )
-        return model.code_logits(hidden)
+    longest = max(prompt.ids.shape[1], unconditional.ids.shape[1])
+    ids = torch.cat([F.pad(p.ids, (longest - p.ids.shape[1], 0), value=model.config.pad) for p in (prompt, unconditional)])
+    return Prompt(ids, ids != model.config.pad)

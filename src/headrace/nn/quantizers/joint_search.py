@@ -50,11 +50,15 @@ def nearest_codes(queries: Tensor, codebook: Tensor, *, dims: Sequence[int], wei
             queries = queries * scale
         codes = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
         for start in range(0, len(queries), QUERY_TILE):
-            codes[start : start + QUERY_TILE] = _best_of(queries[start : start + QUERY_TILE], codebook)
+            codes[start : start + QUERY_TILE] = largest_products(queries[start : start + QUERY_TILE], codebook)
     return codes
 
 
-def _best_of(queries: Tensor, codebook: Tensor) -> Tensor:
+def largest_products(queries: Tensor, codebook: Tensor) -> Tensor:
+    """Index of the row of `codebook` (K, D) with the largest inner product with each query (M, D), int64 (M,).
+
+    Only tiles of the product exist at a time. Of equal products the first wins.
+    """
     best = queries.new_full((len(queries),), -torch.inf)
     codes = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(codebook), CODE_TILE):

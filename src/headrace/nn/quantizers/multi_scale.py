@@ -214,22 +214,27 @@ class MultiScaleQuantizer(nn.Module):
         running: Tensor | None = None
         for place, part in enumerate(parts):
             side = scales[place]
-            own = self._place(self.embed(part), side, side)
-            running = own if running is None else self._resize(running, side) + own
+            own = self.on_own_grid(part, side)
+            running = own if running is None else self.resize(running, side) + own
             if refine and place == len(parts) - 1:
                 rows = [*rows[:-1], running]
             elif place + 1 < len(scales):
-                rows.append(self._resize(running, scales[place + 1]))
+                rows.append(self.resize(running, scales[place + 1]))
         if not rows:
             return torch.zeros(len(codes), 0, self.config.dim, device=codes.device)
         return torch.cat([row.flatten(2).transpose(1, 2) for row in rows], dim=1)
 
     def _place(self, vectors: Tensor, side: int, to: int) -> Tensor:
         grid = vectors.transpose(1, 2).reshape(len(vectors), -1, side, side)
-        return self._resize(grid, to)
+        return self.resize(grid, to)
+
+    def on_own_grid(self, codes: Tensor, side: int) -> Tensor:
+        """Vectors of one scale's codes, int64 (B, side * side), as a map (B, D, side, side)."""
+        return self._place(self.embed(codes), side, side)
 
     @staticmethod
-    def _resize(grid: Tensor, side: int) -> Tensor:
+    def resize(grid: Tensor, side: int) -> Tensor:
+        """A map (B, D, h, h) on another grid, bicubic, (B, D, side, side)."""
         if grid.shape[-1] == side:
             return grid
         return F.interpolate(grid, size=(side, side), mode="bicubic")
