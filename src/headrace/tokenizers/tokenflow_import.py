@@ -4,7 +4,9 @@ The release names what belongs to meaning `vqkd` and what belongs to pixels `vqg
 L timm names and XL the names of transformers' SigLIP, with or without `vision_model.` in front (transformers 4 and 5).
 """
 
+import argparse
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -247,9 +249,12 @@ def _vqgan_from(state: State, side: str) -> VQGANConfig:
 
 
 def read_official(path: str | os.PathLike[str]) -> State:
-    """Weights of a release file: `.pt` (read without running code in it) or safetensors.
+    """Weights of a release file: `.pt` or safetensors.
 
-    Of a training checkpoint the averaged weights are taken when there are some, as the release does.
+    A `.pt` is read with torch's restricted unpickler only, which makes tensors, containers, numbers and texts and calls
+    nothing else; the one more class allowed is `argparse.Namespace`, because the release's trainer stores its arguments
+    beside the weights, and filling one runs no code. A file that names any other class is refused; no switch
+    changes that. Of a training checkpoint the averaged weights are taken when there are some, as the release does.
 
     Raises:
         FileNotFoundError: No such file.
@@ -261,11 +266,17 @@ def read_official(path: str | os.PathLike[str]) -> State:
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; download tokenflow_*.pt of ByteVisionLab/TokenFlow")
     try:
-        data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} asks to run code or to make objects other than tensors, and is refused. Convert it to safetensors "
+            "where you trust it."
+        ) from error
     except Exception as error:
         raise ValueError(
-            f"{file} cannot be read as a torch checkpoint of plain tensors ({type(error).__name__}); it is cut off or "
-            "holds something else. Download it again."
+            f"{file} cannot be read as a torch checkpoint ({type(error).__name__}); it is cut off or holds something "
+            "else. Download it again."
         ) from error
     for key in ("ema", "model", "state_dict"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):

@@ -127,5 +127,6 @@ def stack(model: NextScaleGenerator, prompt: Prompt, unconditional: Prompt) -> P
     if len(prompt.ids) != len(unconditional.ids):
         raise ValueError(f"{len(prompt.ids)} prompts need as many unconditional ones, got {len(unconditional.ids)}")
     longest = max(prompt.ids.shape[1], unconditional.ids.shape[1])
-    ids = torch.cat([F.pad(p.ids, (longest - p.ids.shape[1], 0), value=model.config.pad) for p in (prompt, unconditional)])
-    return Prompt(ids, ids != model.config.pad)
+    pad = model.config.pad
+    ids = torch.cat([F.pad(p.ids, (longest - p.ids.shape[1], 0), value=pad) for p in (prompt, unconditional)])
+    return Prompt(ids, ids != pad)
