@@ -96,6 +96,7 @@ class SemanticTower(nn.Module):
         if self.facts.penultimate:
             for module in (self.model.blocks[-1], self.model.norm, self.model.attn_pool):
                 module.requires_grad_(False)
+        self.train(self.training)
 
     def forward(self, images: Tensor) -> Tensor:
         """Shape (B, 3, H, W) in [-1, 1] to (B, g * g, width)."""
