@@ -4,7 +4,7 @@ Folders are named BOOKS_SEED, as `recipes/tokenflow.py mini --books BOOKS --seed
 
     python benchmarks/tokenflow_books.py runs/dual_0 runs/semantic_0 runs/pixel_0 runs/dual_1 ... --out books.json
 
-Pictures are held out: crops of two photographs and rendered shapes that training never saw. Probes are ridge regressions
+Pictures are held out: crops of two photographs and rendered shapes that training never saw. Probes are ridge regression
 on the mean of quantised features over the grid: `shape` (square, circle, triangle in any colour, size and place),
 `faces` (faces or other patches of 25 px, scikit-image's subset of LFW), `scenes` (which of ten grey photographs a
 crop is from, left half to learn, right half to test; none of the ten was trained on). Source: TokenFlow, table 1 and 6.

@@ -83,6 +83,7 @@ def mini(
     batch_size: int = 8,
     lr: float = 1e-3,
     pixel_weight: float = 5.0,
+    book_factor: float = 5.0,
     pool: int = 2048,
     seed: int = 0,
     resume: bool = False,
@@ -98,6 +99,7 @@ def mini(
         batch_size: Pictures per update.
         lr: Learning rate; ten times the published one, because the run is a thousand times shorter.
         pixel_weight: Weight of the mean squared error; at the published 1 it stays behind the perceptual term.
+        book_factor: Codebooks learn this many times faster, and so follow the encoders.
         pool: Pictures; their teacher's features stay in memory.
         seed: Of weights, order and scale drop; the pictures are the same for every seed.
         resume: Go on with the run.
@@ -112,6 +114,7 @@ def mini(
         decay_over=horizon or steps,
         pixel_weight=pixel_weight,
         tower_factor=0,  # the tower has its teacher's weights already, and 20 minutes would not improve it
+        book_factor=book_factor,
         pool=pool,
         adversarial_start=10**9,  # a critic needs longer than this run
         scale_drop=0.1,

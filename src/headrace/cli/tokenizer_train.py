@@ -27,6 +27,7 @@ def train(
     lr: float = 1e-4,
     decay_over: int = 0,
     tower_factor: float = 1.0,
+    book_factor: float = 1.0,
     pool: int = 0,
     adversarial_start: int = 20_000,
     pixel_weight: float = 1.0,
@@ -56,6 +57,7 @@ def train(
         lr: Learning rate.
         decay_over: Updates in which it falls to 0 on a half cosine; 0 keeps it constant, as published.
         tower_factor: Factor on it for the tower; 0 freezes the tower, which saves its backward pass.
+        book_factor: Factor on it for the codebooks.
         pool: Take pictures from this many only and keep the EfficientNet teacher's features of them in memory; 0 takes
             fresh ones all the time. A built-in set is the same pool for every seed.
         adversarial_start: Update from which the critic takes part.
@@ -106,7 +108,7 @@ def train(
         config=config,
         restart=CodeRestart(model.config.quantizer.codes, every=restart_every, seed=seed) if restart_every else None,
     )
-    optimizer = build_optimizer(training, lr=lr, tower_factor=tower_factor)
+    optimizer = build_optimizer(training, lr=lr, tower_factor=tower_factor, book_factor=book_factor)
     pictures = open_pictures(
         data, model.preprocessing, part="training", count=pool or 100_000, seed=0 if pool else seed
     )
@@ -136,6 +138,7 @@ def train(
             "perceptual": "efficientnet" if vgg is None else "vgg",
             "pool": pool,
             "tower_factor": tower_factor,
+            "book_factor": book_factor,
             "adversarial_start": adversarial_start,
             "pixel_weight": pixel_weight,
             "scale_drop": scale_drop,

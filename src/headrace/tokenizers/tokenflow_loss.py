@@ -163,6 +163,7 @@ def build_optimizer(
     lr: float = 1e-4,
     clip: float = 1.0,
     tower_factor: float = 1.0,
+    book_factor: float = 1.0,
 ) -> torch.optim.Adam:
     """Adam (0.9, 0.95) over tokenizer and critic, each with its own gradient clipping, as the release trains them.
 
@@ -173,18 +174,22 @@ def build_optimizer(
         lr: Learning rate; constant in the release.
         clip: Largest gradient norm of each of the two networks.
         tower_factor: Factor on the learning rate of the pretrained tower; the release uses 1.
+        book_factor: Factor on that of the codebooks; the release uses 1.
     """
     tower = [p for p in training.model.tower.parameters() if p.requires_grad]
-    ours = {id(p) for p in tower}
+    books = [p for p in training.model.quantizer.parameters() if p.requires_grad] if book_factor != 1 else []
+    ours = {id(p) for p in tower + books}
     rest = [p for p in training.model.parameters() if p.requires_grad and id(p) not in ours]
     critic = list(training.critic.parameters())
     groups = [{"params": rest, "lr": lr}, {"params": critic, "lr": lr}]
     if tower:
         groups.append({"params": tower, "lr": lr * tower_factor})
+    if books:
+        groups.append({"params": books, "lr": lr * book_factor})
     optimizer = torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.95))
 
     def clip_each(*_: object) -> None:
-        nn.utils.clip_grad_norm_(rest + tower, clip)
+        nn.utils.clip_grad_norm_(rest + tower + books, clip)
         nn.utils.clip_grad_norm_(critic, clip)
 
     optimizer.register_step_pre_hook(clip_each)
