@@ -18,7 +18,7 @@ def test_train_then_eval_then_look(tmp_path, capsys):
     options = {"data": "mixed", "variant": "mini", "batch_size": 2, "precision": "fp32", "adversarial_start": 2}
     assert train(out=run, steps=2, restart_every=2, ema_decay=0.5, **options) == 0
     model = load_tokenizer(run / "model")
-    assert model.tokens_per_image == 341 and (run / "model_ema" / "config.json").is_file()
+    assert model.tokens_per_image == 817 and (run / "model_ema" / "config.json").is_file()
     assert train(out=tmp_path / "more", start=str(run / "model"), stage="decoder", steps=1, **options) == 0
     assert evaluate(str(run / "model"), data="mixed", count=4, batch_size=2, out=tmp_path / "eval.json") == 0
     report = json.loads((tmp_path / "eval.json").read_text())

@@ -117,7 +117,7 @@ class TokenFlowConfig:
 
     @classmethod
     def mini(cls) -> Self:
-        """Trains on two CPU cores: 64 px, 16x16 grid, 341 codes of 256; EfficientNet-Lite0 is tower and teacher."""
+        """Trains on two CPU cores: 64 px, 16x16 grid, 817 codes of 256; EfficientNet-Lite0 is tower and teacher."""
         pixels = VQGANConfig(width=32, multipliers=(1, 1, 2), blocks=1, latent=64)
         return cls(
             size=64,
@@ -125,7 +125,7 @@ class TokenFlowConfig:
             semantic_decoder=SemanticDecoderConfig(width=128, depth=1, heads=4, grid=16, teacher=112),
             pixel_encoder=pixels,
             pixel_decoder=pixels,
-            quantizer=MultiScaleConfig(scales=(1, 2, 4, 8, 16), dims=(16, 8), codes=256),
+            quantizer=MultiScaleConfig(scales=(*B_SCALES, 16), dims=(16, 8), codes=256),
         )
 
     @classmethod
