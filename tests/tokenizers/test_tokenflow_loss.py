@@ -132,6 +132,17 @@ def test_training_lowers_the_terms_and_restart_keeps_count():
     assert int(training.restart.steps) == 10 and int(training.steps) == 10
 
 
+def test_factors_reach_tower_and_codebooks_alone(images):
+    training = build()
+    optimizer = build_optimizer(training, lr=1e-4, tower_factor=0.1, book_factor=5.0)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == sum(p.requires_grad for p in training.parameters())
+    for name, parameter in training.model.named_parameters():
+        part = name.split(".")[0]
+        wanted = {"tower": 1e-5, "quantizer": 5e-4}.get(part, 1e-4)
+        assert rates[parameter] == pytest.approx(wanted), name
+
+
 def test_each_network_is_clipped_on_its_own(images):
     training = build(scale_drop=0.0)
     optimizer = build_optimizer(training, lr=0.0, clip=1e-3)

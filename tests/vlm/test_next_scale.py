@@ -40,6 +40,33 @@ def test_cache_gives_identical_greedy_codes(parts, sampling):
     assert not torch.equal(runs[0][0], runs[0][1])
 
 
+def test_the_cache_holds_each_scale_as_its_first_pass_left_it(parts, codes):
+    model, quantizer = parts
+    prompt = model.pad(PROMPTS)
+    runs = []
+    for refined in (False, True):
+        passes = CachedPasses(model, quantizer, prompt)
+        with torch.no_grad():
+            passes.states(codes[:, :0], refine=False)
+            for stop in (1, 5, 14):
+                passes.states(codes[:, :stop], refine=False)
+                if refined:
+                    passes.states(codes[:, : {1: 5, 5: 14, 14: 30}[stop]], refine=True)
+                    passes.states(codes.flip(1)[:, : {1: 5, 5: 14, 14: 30}[stop]], refine=True)
+        entries = CONFIG.counts
+        runs.append(passes.cache.copy(0, prompt.ids.shape[1] - 1 + sum(entries[:-1])))
+    for layer, (keys, values) in runs[0].items():
+        assert torch.equal(keys, runs[1][layer][0]) and torch.equal(values, runs[1][layer][1])
+
+
+def test_the_likeliest_code_and_guidance_on_states_are_those_of_the_logits(parts):
+    model, _ = parts
+    wanted, unwanted = torch.randn(2, 2, 5, 128, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        mixed = 3 * model.code_logits(wanted) - 2 * model.code_logits(unwanted)
+        assert torch.equal(model.likeliest_codes(3 * wanted - 2 * unwanted), mixed.argmax(-1))
+
+
 def test_refinement_and_guidance_change_the_codes(parts):
     model, quantizer = parts
     prompt, nothing = model.pad(PROMPTS), model.pad([[2], [2]])
