@@ -1,31 +1,17 @@
 """Bellman schedules of the official BOSS code, on every `boss_<letter>` set of the golden folder."""
 
-import json
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headrace.flow.bellman import bellman_grids, cheapest_path, local_costs
 from headrace.flow.gaussian_mixture import GaussianMixture
 from headrace.flow.solver import trajectory
 
-FOLDER = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
-SETS = sorted(FOLDER.glob("boss_[a-z].json"))
-pytestmark = pytest.mark.skipif(not SETS, reason="no boss golden files (set HEADRACE_GOLDEN)")
 
-
-@pytest.fixture(params=SETS, ids=lambda path: path.stem)
-def golden(request):
-    """Config and tensors of one set."""
-    meta = json.loads(request.param.read_text())
-    tensors = {}
-    for part in meta["files"]:
-        tensors |= load_file(request.param.parent / part["file"])
-    return meta["config"], tensors
+@pytest.fixture
+def golden(golden_set):
+    return golden_set.config, golden_set.tensors
 
 
 def counts(tensors, prefix):

@@ -1,30 +1,17 @@
 """FlowCut against the official code's stored runs; every size comes from the set's JSON."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headrace.vlm.pruning.auto import prune
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.pruning.flowcut import FlowCutConfig, FlowCutTrace, step
 from headrace.vlm.pruning.scores import Evidence, cut_size, entropy_ratio, fused_score, normalised, token_density
 
-GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
-SETS = sorted(GOLDEN.glob("flowcut_*.json"))
-pytestmark = pytest.mark.skipif(not SETS, reason="no flowcut_*.json in HEADRACE_GOLDEN")
 
-
-@pytest.fixture(scope="module", params=SETS, ids=lambda path: path.stem)
-def golden(request):
-    meta = json.loads(request.param.read_text())
-    tensors = {}
-    for part in meta["files"]:
-        tensors |= load_file(request.param.parent / part["file"])
-    return meta["config"], tensors
+@pytest.fixture(scope="module")
+def golden(golden_set):
+    return golden_set.config, golden_set.tensors
 
 
 def groups(tensors, prefix):

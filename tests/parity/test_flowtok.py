@@ -1,12 +1,7 @@
 """Our FlowTok against the official modules, on every flowtok set of the golden folder."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headrace.nn.time_embedding import sinusoid_features
 from headrace.tokenizers.flowtok_bridge import swap_flagged, transport
@@ -14,29 +9,16 @@ from headrace.tokenizers.flowtok_captions import CaptionConfig
 from headrace.tokenizers.flowtok_import import flow_name, from_official, official_state
 from headrace.tokenizers.flowtok_loss import flow_terms
 
-GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
-SETS = sorted(p for p in GOLDEN.glob("flowtok_*.json"))
 
-pytestmark = pytest.mark.skipif(not SETS, reason=f"no flowtok set in {GOLDEN}")
-
-
-@pytest.fixture(scope="module", params=SETS, ids=lambda p: p.stem)
-def golden(request):
-    info = json.loads(request.param.read_text())
-    tensors = {}
-    for part in info["files"]:
-        tensors |= load_file(request.param.parent / part["file"])
-    assert set(tensors) == set(info["entries"])
-    size = info["config"]
-    image, flow = (
-        {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
-        for p in ("state_dict/tokenizer/", "state_dict/flow/")
-    )
+@pytest.fixture(scope="module")
+def golden(golden_set):
+    size = golden_set.config
+    image, flow = golden_set.part("state_dict/tokenizer/"), golden_set.part("state_dict/flow/")
     captions = CaptionConfig(
         words=("word",), context=size["K"], width=size["clip"], depth=1, heads=size["ph"], hidden=size["ff"]
     )
     model = from_official(image, flow, captions, heads=size["h"], projector_heads=size["ph"])
-    return size, tensors, model, (image, flow)
+    return size, golden_set.tensors, model, (image, flow)
 
 
 def close(got, wanted, rtol=1e-5, atol=1e-5):

@@ -1,39 +1,20 @@
 """Same codes, features and pictures as the official code, on every set `tokenflow_<letter>` there is."""
 
-import json
-import os
-import re
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headrace.nn.pretrained import load_strictly
 from headrace.tokenizers.tokenflow import TokenFlow
 from headrace.tokenizers.tokenflow_import import config_from_official, export_official, from_official
 
-GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
-SETS = sorted(p.name for p in GOLDEN.glob("tokenflow_*.json") if re.fullmatch(r"tokenflow_[a-z]\.json", p.name))
-pytestmark = pytest.mark.skipif(not SETS, reason=f"no tokenflow set in {GOLDEN}")
 FEATURES = {"rtol": 1e-5, "atol": 1e-5}
 PIXELS = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def load_set(name: str):
-    description = json.loads((GOLDEN / name).read_text())
-    tensors = {}
-    for part in description["files"]:
-        tensors |= load_file(GOLDEN / part["file"])
-    assert set(tensors) == set(description["entries"])
-    state = {key.removeprefix("state_dict/"): value for key, value in tensors.items() if key.startswith("state_dict/")}
-    return description["config"], state, tensors
-
-
-@pytest.fixture(scope="module", params=SETS or [None])
-def golden(request):
+@pytest.fixture(scope="module")
+def golden(golden_set):
     torch.manual_seed(0)
-    given, state, tensors = load_set(request.param)
+    given, state = golden_set.config, golden_set.part("state_dict/")
     config = config_from_official(
         state,
         size=given["img"],
@@ -42,8 +23,8 @@ def golden(request):
         decoder_heads=given.get("sem_dec_heads", given["heads"]),
     )
     model = TokenFlow(config)
-    load_strictly(model, from_official(state, config), what=request.param)
-    return model.eval(), state, tensors
+    load_strictly(model, from_official(state, config), what=golden_set.name)
+    return model.eval(), state, golden_set.tensors
 
 
 def test_codes_are_identical_and_features_close(golden):

@@ -1,36 +1,20 @@
 """Our UniFlow against the official modules, on every uniflow set of the golden folder."""
 
-import json
-import os
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headrace.tokenizers.uniflow import UniFlow
 from headrace.tokenizers.uniflow_config import UniFlowConfig
 from headrace.tokenizers.uniflow_import import from_official_name, model_from_official, official_state
 
-GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
-SETS = sorted(p for p in GOLDEN.glob("uniflow_*.json") if not p.stem.endswith("_keys"))
-KEYS = GOLDEN / "uniflow_keys.json"
 
-pytestmark = pytest.mark.skipif(not SETS, reason=f"no uniflow set in {GOLDEN}")
-
-
-@pytest.fixture(scope="module", params=SETS, ids=lambda p: p.stem)
-def golden(request):
-    info = json.loads(request.param.read_text())
-    tensors = {}
-    for part in info["files"]:
-        tensors |= load_file(request.param.parent / part["file"])
-    assert set(tensors) == set(info["entries"])
-    prefix = "state_dict/"
-    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    model = model_from_official(state, heads=info["config"].get("num_attention_heads", 0))
-    return info["config"], tensors, state, model
+@pytest.fixture(scope="module")
+def golden(golden_set):
+    state = golden_set.part("state_dict/")
+    model = model_from_official(state, heads=golden_set.config.get("num_attention_heads", 0))
+    return golden_set.config, golden_set.tensors, state, model
 
 
 def close(got, wanted):
@@ -97,13 +81,12 @@ def test_export_gives_back_the_official_tensors(golden):
     assert all(torch.equal(again[name], state[name]) for name in state)
 
 
-@pytest.mark.skipif(not KEYS.is_file(), reason="no key list")
-def test_published_layout_is_ours_key_by_key():
-    official = {name: tuple(shape) for name, (shape, _) in json.loads(KEYS.read_text()).items()}
+@pytest.mark.parametrize("official_keys", ["uniflow"], indirect=True)
+def test_published_layout_is_ours_key_by_key(official_keys):
     with torch.device("meta"):
         model = UniFlow(UniFlowConfig.internvit_300m())
     exported = {name: tuple(tensor.shape) for name, tensor in official_state(model).items()}
-    assert exported == official
-    assert len(official) == 530
-    assert {from_official_name(name) for name in official} <= set(model.state_dict())
+    assert exported == official_keys
+    assert len(official_keys) == 530
+    assert {from_official_name(name) for name in official_keys} <= set(model.state_dict())
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 3) == 452.586

@@ -1,12 +1,7 @@
 """Our latent action model and action decoder against the official code, on every vipra set of the golden folder."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from headrace.flow.loss import flow_matching_loss
 from headrace.flow.path import straight_path
@@ -19,11 +14,6 @@ from headrace.robot.frame_features import FrameFeaturesConfig
 from headrace.robot.latent_action_config import LatentActionConfig
 from headrace.robot.latent_action_import import from_official, our_name
 from headrace.robot.latent_action_loss import pixel_loss
-
-GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / ".." / "shared" / "golden"))
-SETS = sorted(p for p in GOLDEN.glob("vipra_*.json"))
-
-pytestmark = pytest.mark.skipif(not SETS, reason=f"no vipra set in {GOLDEN}")
 
 
 def lam_config(size):
@@ -40,15 +30,10 @@ def lam_config(size):
     )
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda p: p.stem)
-def golden(request):
-    info = json.loads(request.param.read_text())
-    tensors = {}
-    for part in info["files"]:
-        tensors |= load_file(request.param.parent / part["file"])
-    assert set(tensors) == set(info["entries"])
-    lam = {k.removeprefix("state_dict/lam/"): v for k, v in tensors.items() if k.startswith("state_dict/lam/")}
-    return info["config"], tensors, from_official(lam, lam_config(info["config"]))
+@pytest.fixture(scope="module")
+def golden(golden_set):
+    model = from_official(golden_set.part("state_dict/lam/"), lam_config(golden_set.config))
+    return golden_set.config, golden_set.tensors, model
 
 
 def close(got, wanted, rtol=1e-5, atol=1e-5):

@@ -1,0 +1,60 @@
+"""Fixtures that tests of several rooms share: stored runs of official code ("golden sets")."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
+
+
+class GoldenSet(NamedTuple):
+    """One stored run: its name, the sizes that it was made with, and its tensors by name."""
+
+    name: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors under a prefix, without it."""
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def read_golden_set(path: Path) -> GoldenSet:
+    """Read one set whole; raises what json and safetensors raise, and AssertionError when entries are missing."""
+    about = json.loads(path.read_text())
+    tensors: dict[str, Tensor] = {}
+    for part in about["files"]:
+        tensors |= load_file(path.parent / part["file"])
+    assert set(tensors) == set(about["entries"]), f"{path.name} lists other entries than its files hold"
+    return GoldenSet(path.stem, about["config"], tensors)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of `test_<system>.py` that need `golden_set` run on every set of that system; skipped if there is none."""
+    if "golden_set" not in metafunc.fixturenames:
+        return
+    system = metafunc.module.__name__.rpartition(".")[2].removeprefix("test_")
+    sets: list[Any] = sorted(p for p in GOLDEN.glob(f"{system}_*.json") if not p.stem.endswith("_keys"))
+    if not sets:
+        sets = [pytest.param(None, marks=pytest.mark.skip(reason=f"no {system} set in {GOLDEN}; set HEADRACE_GOLDEN"))]
+    metafunc.parametrize("golden_set", sets, indirect=True, scope="module", ids=lambda p: p.stem if p else "none")
+
+
+@pytest.fixture(scope="module")
+def golden_set(request: pytest.FixtureRequest) -> GoldenSet:
+    """A golden set of the system that the test file is named after; an unreadable one is an error, not a skip."""
+    return read_golden_set(request.param)
+
+
+@pytest.fixture
+def official_keys(request: pytest.FixtureRequest) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an official checkpoint; the test names the list with `indirect` parametrization."""
+    path = GOLDEN / f"{request.param}_keys.json"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in {GOLDEN}; set HEADRACE_GOLDEN")
+    return {name: tuple(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
