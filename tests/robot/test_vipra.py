@@ -1,7 +1,9 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from headrace.contracts import ActionSpec
 from headrace.flow.solver import SolverSettings
@@ -48,6 +50,33 @@ def test_cached_sampling_equals_the_whole_sequence(prefix, action):
     solver = SolverSettings(method="euler", steps=10)
     cached, uncached = model.sample(inputs, noise, solver), model.sample_uncached(inputs, noise, solver)
     torch.testing.assert_close(cached, uncached, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_the_shipped_policy_acts_alike_on_both_paths(method):
+    """The plain path is transformers' code as it was when the policy was trained."""
+    torch.manual_seed(0)
+    model = VipraPolicy.from_pretrained(Path(__file__).parents[2] / "checkpoints" / "demo")
+    config = model.config
+    size, horizon = config.camera_size, config.decoder.horizon
+    images = torch.randint(0, 256, (2, len(config.cameras), len(config.history), size, size, 3), dtype=torch.uint8)
+    text = encode_text(["push the cube", "pick up the red cube and move it"], config.words)
+    inputs = PolicyInput(images, torch.randn(2, len(config.state_names)), text)
+    noise, solver = torch.randn(2, horizon, config.decoder.action_dim), SolverSettings(method=method, steps=5)
+    torch.testing.assert_close(
+        model.sample(inputs, noise, solver), model.sample_uncached(inputs, noise, solver), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_maps_that_do_more_than_their_weights_are_not_passed_by(model):
+    """An adapter on the backbone must act in the cached path too."""
+    inputs, noise, solver = some_inputs(), torch.randn(2, 4, 3), SolverSettings(method="euler", steps=3)
+    plain = model.sample(inputs, noise, solver)
+    attention = model.backbone.layers[0].self_attn
+    attention.v_proj = nn.Sequential(attention.v_proj, nn.Linear(32, 32))
+    adapted = model.sample(inputs, noise, solver)
+    torch.testing.assert_close(adapted, model.sample_uncached(inputs, noise, solver), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, plain, atol=1e-3)
 
 
 def test_padding_of_the_instruction_changes_nothing(model):

@@ -7,7 +7,7 @@ schema's metadata, so that a part that strayed from its folder still says which 
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -134,7 +134,9 @@ def part_path(folder: Path, part: int) -> Path:
     return folder / f"part-{part:05d}.parquet"
 
 
-def write_part(folder: Path, part: int, header: LabelHeader, rows: dict[str, Sequence[Any]], codes: np.ndarray) -> None:
+def write_part(
+    folder: Path, part: int, header: LabelHeader, rows: Mapping[str, Sequence[Any]], codes: np.ndarray
+) -> None:
     """Write one part atomically.
 
     Args:

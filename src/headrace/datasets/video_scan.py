@@ -55,7 +55,7 @@ def scan_video(path: Path) -> Scan:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             packets = (p for p in container.demux(stream) if p.pts is not None and not p.is_discard and p.size)
-            times = np.array(sorted(p.pts for p in packets), np.int64)
+            times = np.sort(np.array([p.pts for p in packets], np.int64))
             unit = float(stream.time_base or 0)
     except (av.error.FFmpegError, IndexError, OSError, ValueError) as error:
         raise BadVideo("corrupt", f"{path} cannot be read as a video ({error}); copy or record it again") from error

@@ -147,6 +147,8 @@ def lerobot_videos(
         raise ValueError(f"{folder} has no camera")
     key = cameras[0]
     words = _episode_words(folder)
+    scans: dict[Path, Scan]
+    skipped: dict[str, int]
     if info["features"][key]["dtype"] == "image":
         found, scans, skipped = _picture_episodes(folder, key, float(info["fps"])), {}, {}
     else:

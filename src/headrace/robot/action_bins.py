@@ -100,6 +100,7 @@ class ActionBins(nn.Module):
     """Actions to ids and back. The config holds all, the state dict nothing."""
 
     values: Tensor
+    allowed: Tensor
 
     def __init__(self, config: ActionBinsConfig) -> None:
         super().__init__()

@@ -161,7 +161,8 @@ def label_corpus(
     for part in _due(plan, folder, shard):
         totals += label_part(labeler, corpus, plan, part, folder)[:3]
         done(part, plan.header.parts)
-    return LabelRun(*totals.tolist(), missing=missing_parts(folder, plan))
+    parts, rows, skipped = totals.tolist()
+    return LabelRun(parts, rows, skipped, missing_parts(folder, plan))
 
 
 def missing_parts(folder: Path, plan: LabelPlan) -> int:

@@ -17,13 +17,15 @@ from headrace.contracts import ActionSpec
 from headrace.datasets.normalize import Normalizer, NormalizerConfig
 from headrace.flow.loss import flow_matching_loss
 from headrace.flow.path import straight_path
-from headrace.flow.solver import SolverSettings
+from headrace.flow.solver import SolverSettings, Velocity
 from headrace.flow.time import beta_time
 from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.action_decoder import ActionDecoder, ActionDecoderConfig
+from headrace.robot.action_pass import ActionPass, reads_weights_of
 from headrace.robot.vipra_actor import PolicyInput, Prefix, VipraActor
 from headrace.robot.vipra_config import ActorConfig, Attention, BackboneConfig
 from headrace.robot.vipra_trunk import additive, positions, words_of
+from headrace.vlm.kv_cache import KVCache
 from headrace.vlm.sequence import SequenceLayout
 from headrace.vlm.vipra_sequences import finetuning
 
@@ -130,20 +132,30 @@ class VipraPolicy(VipraActor):
 
     def velocity_uncached(self, embedded: tuple[Tensor, Tensor], noisy: Tensor, t: Tensor) -> Tensor:
         """The same velocity from one pass over the whole sequence, given what `embed_prefix` returned; for checking."""
+        hidden = self._read_whole(embedded, self.decoder.embed(noisy, t), None)
+        return self.decoder.velocity(hidden[:, embedded[1].shape[1] :])
+
+    def _read_whole(self, embedded: tuple[Tensor, Tensor], actions: Tensor, cache: KVCache | None) -> Tensor:
+        """Hidden states of prefix and action tokens, shape (B, N + H, D), from one pass over both.
+
+        Args:
+            embedded: What `embed_prefix` returned.
+            actions: Embeddings of action tokens, shape (B, H, D).
+            cache: Takes the keys and values of all positions; None keeps none.
+        """
         embeddings, prefix_valid = embedded
-        actions = self.decoder.embed(noisy, t)
         start, count = embeddings.shape[1], actions.shape[1]
-        valid = torch.cat((prefix_valid, prefix_valid.new_ones(noisy.shape[:2])), 1)
+        valid = torch.cat((prefix_valid, prefix_valid.new_ones(actions.shape[:2])), 1)
         mask = valid.new_zeros(valid.shape[0], 1, start + count, start + count)
         mask[:, :, :start, :start] = self._mask(prefix_valid, start, self.config.prefix_attention, start=0)
         mask[:, :, start:] = self._mask(valid, count, self.config.action_attention, start=start)
-        hidden = self.backbone(
+        return self.backbone(
             inputs_embeds=torch.cat((embeddings, actions), 1),
             attention_mask=additive(mask, actions.dtype),
             position_ids=positions(valid),
-            use_cache=False,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
-        return self.decoder.velocity(hidden[:, start:])
 
     def loss(
         self, inputs: PolicyInput, actions: Tensor, valid: Tensor | None, generator: torch.Generator | None = None
@@ -173,10 +185,33 @@ class VipraPolicy(VipraActor):
 
     @torch.inference_mode()
     def sample(self, inputs: PolicyInput, noise: Tensor, solver: SolverSettings) -> Tensor:
-        """Action chunks in raw units, shape (B, H, A), from noise of that shape; the prefix is computed once."""
-        prefix = self.compute_prefix(inputs)
-        normalised = solver.sample(lambda x, t: self.velocity(prefix, x, t), noise)
-        return self.normalize_action.inverse(normalised)
+        """Action chunks in raw units, shape (B, H, A), from noise of that shape.
+
+        The first pass reads the prefix and the first action tokens together, as the released code does; each later one
+        computes the action tokens alone.
+        """
+        embedded = self.embed_prefix(inputs)
+        later: Velocity | None = None
+
+        def velocity(noisy: Tensor, t: Tensor) -> Tensor:
+            nonlocal later
+            if later is not None:
+                return later(noisy, t)
+            cache, start = KVCache(), embedded[1].shape[1]
+            hidden = self._read_whole(embedded, self.decoder.embed(noisy, t), cache)
+            cache.rewind(start)
+            later = self._later_steps(Prefix(cache, embedded[1], hidden[:, start - 1]))
+            return self.decoder.velocity(hidden[:, start:])
+
+        return self.normalize_action.inverse(solver.sample(velocity, noise))
+
+    def _later_steps(self, prefix: Prefix) -> Velocity:
+        """The velocity given a prefix, for many calls; without gradients."""
+        if not reads_weights_of(self.backbone):
+            return lambda noisy, t: self.velocity(prefix, noisy, t)
+        causal, horizon = self.config.action_attention == "causal", self.config.decoder.horizon
+        steps = ActionPass(self.backbone, prefix.cache, prefix.valid, horizon=horizon, causal=causal)
+        return lambda noisy, t: self.decoder.velocity(steps(self.decoder.embed(noisy, t)))
 
     @torch.inference_mode()
     def sample_uncached(self, inputs: PolicyInput, noise: Tensor, solver: SolverSettings) -> Tensor:

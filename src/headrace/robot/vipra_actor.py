@@ -1,7 +1,7 @@
 """What ViPRA's two policies share: instruction, frames and proprioception before the actions, read once to a cache."""
 # Shape letters: B batch, V cameras, T frames of history, N prefix length, L words, D width, S state dimension.
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ class Prefix(NamedTuple):
 class VipraActor(VipraTrunk):
     """The trunk with proprioception; a subclass adds the head and says in `layout` where actions stand."""
 
-    Config = ActorConfig
+    Config: ClassVar[type] = ActorConfig
 
     def __init__(self, config: ActorConfig) -> None:
         super().__init__(config)

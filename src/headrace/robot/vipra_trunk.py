@@ -7,7 +7,7 @@ What stands where is a `SequenceLayout` of `headrace.vlm.vipra_sequences`; this 
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class VipraTrunk(Pretrained):
         tokenizer: Text tokenizer of transformers where the config has a `text_vocabulary`; None until set or loaded.
     """
 
-    Config = TrunkConfig
+    Config: ClassVar[type] = TrunkConfig
     MARKS = tuple(MARKS)[:7]
 
     def __init__(self, config: TrunkConfig) -> None:
@@ -81,7 +81,7 @@ class VipraTrunk(Pretrained):
         image = config.image
         self.image_tokens = ImageTokens(image) if isinstance(image, ImageTokensConfig) else FrameCodes(image)
         self.backbone = LlamaModel(config.backbone.llama())
-        self.backbone.embed_tokens = nn.Identity()  # embeddings are ours; an unused table would stop strict DDP
+        self.backbone.set_input_embeddings(nn.Identity())  # embeddings are ours; an unused table would stop strict DDP
         if config.text_vocabulary:
             self.text = nn.Embedding(config.text_vocabulary, width)
         else:
