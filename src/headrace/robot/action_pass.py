@@ -45,11 +45,13 @@ class ActionPass:
         self.eps = config.rms_norm_eps
         prefix = valid.shape[1]
         like = backbone.layers[0].get_parameter("self_attn.q_proj.weight")
-        size = (2, self.batch * self.heads, self.width // self.heads, prefix + horizon)
-        self.stores = [like.new_empty(size) for _ in backbone.layers]  # keys, values: (2, B * A, E, N + H)
-        for store, layer in zip(self.stores, cast(Any, cache.layers), strict=True):
-            store[0, ..., :prefix] = layer.keys[..., :prefix, :].flatten(0, 1).mT
-            store[1, ..., :prefix] = layer.values[..., :prefix, :].flatten(0, 1).mT
+        rows, each, total = self.batch * self.heads, self.width // self.heads, prefix + horizon
+        self.stores = []  # keys (B * A, E, N + H) and values (B * A, N + H, E) of each layer
+        for layer in cast(Any, cache.layers):
+            keys, values = like.new_empty(rows, each, total), like.new_empty(rows, total, each)
+            keys[..., :prefix] = layer.keys[..., :prefix, :].flatten(0, 1).mT
+            values[:, :prefix] = layer.values[..., :prefix, :].flatten(0, 1)
+            self.stores.append((keys, values))
         self.prefix = prefix
         self.mask = self._mask(valid, causal, like.dtype)
         self.cos, self.sin = self._rotary(valid, like)
@@ -67,17 +69,18 @@ class ActionPass:
             x = torch.addmm(x, part.mlp.down_proj.weight, gate)
         return self._norm(x, cast(Any, self.backbone.norm)).mT.reshape(self.batch, self.horizon, self.width)
 
-    def _attend(self, layer: Any, store: Tensor, x: Tensor) -> Tensor:
-        normed, attention = self._norm(x, layer.input_layernorm), layer.self_attn
+    def _attend(self, layer: Any, store: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+        (keys, values), attention = store, layer.self_attn
+        normed = self._norm(x, layer.input_layernorm)
         both = x.new_empty(2, *x.shape)
         torch.mm(attention.q_proj.weight, normed, out=both[0])
         torch.mm(attention.k_proj.weight, normed, out=both[1])
         query, key = self._turned(self._by_head(both.flatten(0, 1), 2)).unbind(0)
         value = self._by_head(attention.v_proj.weight @ normed, 1)[0]
-        store[0, ..., self.prefix :] = key
-        store[1, ..., self.prefix :] = value
-        scores = torch.baddbmm(self.mask, query.mT, store[0])  # (B * A, H, N + H)
-        seen = store[1] @ scores.softmax(-1, dtype=torch.float32).to(x.dtype).mT  # (B * A, E, H)
+        keys[..., self.prefix :] = key
+        values[:, self.prefix :] = value.mT
+        scores = torch.baddbmm(self.mask, query.mT, keys)  # (B * A, H, N + H)
+        seen = (scores.softmax(-1, dtype=torch.float32).to(x.dtype) @ values).mT  # (B * A, E, H)
         joined = seen.unflatten(0, (self.batch, self.heads)).movedim(0, 2).reshape(x.shape)
         return torch.addmm(x, attention.o_proj.weight, joined)
 
