@@ -11,7 +11,7 @@ setup-dev:
 demo: setup
 	@$(PYTHON) recipes/demo.py
 
-test: setup-dev lint
+test: setup-dev lint types
 	$(PYTHON) -m pytest tests
 
 check: setup-dev lint types

@@ -55,6 +55,18 @@ def test_an_existing_folder_is_refused(demonstrations):
         collect(find_task("PushCube-v1"), CollectSettings(episodes=1), demonstrations)
 
 
+def test_a_checkpoint_of_other_cameras_or_actions_is_refused(demonstrations):
+    from headrace.contracts import ActionSpec
+    from headrace.robot.finetune import read_demonstrations
+    from headrace.robot.vipra import VipraConfig
+
+    spec = ActionSpec(names=("x", "y", "gripper"), frame="base_delta", rotation="none", gripper="open_is_1", rate=20.0)
+    with pytest.raises(ValueError, match=r"(?s)base_camera.*wrist_camera|wrist_camera.*base_camera"):
+        read_demonstrations([demonstrations], VipraConfig.tiny(spec, cameras=("wrist_camera",)))
+    with pytest.raises(ValueError, match=r"7 action dimensions \(.*gripper.*\), wanted 3"):
+        read_demonstrations([demonstrations], VipraConfig.tiny(spec))
+
+
 def test_train_then_roll_out(demonstrations, tmp_path):
     """Two updates only: what is tested is that the parts fit, not that it learned."""
     from headrace.cli.main import main
