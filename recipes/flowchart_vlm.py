@@ -25,7 +25,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headrace.datasets.flowlearn.drawn import DrawnChart, cells_of, letter_pictures, read_drawn, varied
+from headrace.datasets.flowlearn.drawn import LETTERS, DrawnChart, cells_of, letter_pictures, read_drawn, varied
 from headrace.datasets.flowlearn.generate import make_chart
 from headrace.datasets.flowlearn.prompts import PROMPT_SETS
 from headrace.datasets.flowlearn.targets import CONCEPTS, MOST_NODES, node_facts, patch_targets
@@ -201,6 +201,9 @@ class Training(nn.Module):
         self.heads = ChartHeads(model.encoder.width)
         self.concepts = nn.Linear(CONCEPTS, model.language.config.hidden_size)
         nn.init.normal_(self.concepts.weight, std=0.3)
+        letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
+        with torch.no_grad():  # a box's letter looks like the letter in a question, so that one finds the other
+            self.concepts.weight[:, : len(LETTERS)] = 30 * model.language.get_input_embeddings().weight[letters].T
 
     def language_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy of answers from stated facts."""

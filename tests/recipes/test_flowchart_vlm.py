@@ -62,6 +62,9 @@ def test_canonical_mermaid_says_what_the_chart_says():
         read = read_mermaid(said["mermaid:"])
         assert read.nodes == graph.label_set() and read.links == graph.link_set()
         assert canonical(graph).link_set() == graph.link_set()
+        for node in (n for n in graph.nodes if f"{n.label}?" in said):
+            reached = {graph.label[e.target] for e in graph.edges if e.source == node.id}
+            assert set(said[f"{node.label}?"].split()) == (reached or {"-"})
 
 
 def test_packed_questions_cost_what_each_costs_alone(script, recipe):
