@@ -40,17 +40,19 @@ class Recipe:
     data: tuple[str, ...]  # LeRobot datasets
     out: Path
     steps: int = 600
-    batch_size: int = 16
-    frames: int = 6
+    batch_size: int = 32
+    frames: int = 4
     image_size: int = 64
     patch: int = 16
-    width: int = 192
+    width: int = 128
     tokens: int = 4
     codes: int = 8
     stride: int = 1
     lr: float = 1e-3
-    distance: Literal["l1", "mse"] = "l1"
+    distance: Literal["l1", "mse"] = "mse"
     flow: float = 0.1  # final weight of the optical-flow term; 0 switches it off
+    unquantized: float = 0.3  # share of the run before codes take the place of the encoder's rows
+    differences: bool = True  # transitions from differences of frame features, as in LAPA
     held_out: int = 5  # every n-th episode is kept from training
     state_prefix: str = "tcp."  # names of the states that are the end effector's position
     seed: int = 0
@@ -67,6 +69,7 @@ def config_of(recipe: Recipe) -> LatentActionConfig:
         decoder=replace(tiny.decoder, width=recipe.width, dropout=0.0),
         quantizer=replace(tiny.quantizer, codes=recipe.codes),
         tokens=recipe.tokens,
+        differences=recipe.differences,
         residual=True,
     )
 
@@ -83,6 +86,12 @@ def split(recipe: Recipe) -> tuple[VideoClips, VideoClips]:
             sources.append(replace(source, videos=videos, strides=strides))
         parts.append(VideoClips(sources, image_size=recipe.image_size))
     return parts[0], parts[1]
+
+
+def dead_codes(recipe: Recipe) -> DeadCodeSchedule:
+    """Every 20 steps from the start of the codes to four fifths of the run."""
+    first, last = round(recipe.unquantized * recipe.steps), max(1, round(0.8 * recipe.steps))
+    return DeadCodeSchedule(phases=((first + 1, max(first + 1, last), 20),))
 
 
 def end_effector(corpus: VideoClips, prefix: str) -> dict[tuple[str, str], np.ndarray]:
@@ -116,7 +125,9 @@ def main(recipe: Recipe) -> None:
     settings = {k: v for k, v in asdict(recipe).items() if k not in ("out", "resume", "steps")}
     fitted = fit(
         model,
-        LatentActionObjective(loss, DeadCodeSchedule.for_run(recipe.steps), optimizer),
+        LatentActionObjective(
+            loss, dead_codes(recipe), optimizer, unquantized=round(recipe.unquantized * recipe.steps)
+        ),
         optimizer,
         StepBatches(ClipBatches(training, recipe.batch_size, frames=recipe.frames, seed=recipe.seed)),
         steps=recipe.steps,

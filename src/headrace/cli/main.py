@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("headrace.cli.finetune:finetune", "train a policy on demonstrations"),
     "serve": ("headrace.cli.serve:serve", "answer observations over a websocket, in openpi's protocol"),
     "drive": ("headrace.cli.drive:drive", "run a policy on an arm, on a mock arm, or on a recording"),
+    "videos": ("headrace.cli.videos:videos", "render videos without actions, of several tasks and robots"),
     "label": ("headrace.cli.label:label", "latent-action chunks for every frame of a corpus of videos"),
     "tasks": ("headrace.cli.tasks:tasks", "list what can be rolled out here"),
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),

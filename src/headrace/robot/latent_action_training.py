@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from headrace.nn.quantizers.dead_codes import DeadCodeSchedule, replace_dead_codes
 from headrace.nn.quantizers.finite_scalar import FiniteScalar
-from headrace.robot.latent_action import LatentActionModel
+from headrace.nn.quantizers.start_codes import start_codes
+from headrace.robot.latent_action import LatentActionModel, LatentActions, Prediction
 from headrace.robot.latent_action_loss import LatentActionLoss, feature_loss
 
 
@@ -66,22 +67,35 @@ class LatentActionObjective:
         loss: Terms and weights.
         dead_codes: When unused codes are moved; None for never, and for finite scalars, which have no codebook.
         optimizer: Whose averages of moved codes are cleared.
+        unquantized: Steps at the start in which the decoder gets the encoder's rows as they are; then the codes are
+            placed by k-means. ViPRA has none; in a short run the noise of codes that are nowhere near the rows drowns
+            them, and the decoder learns to do without.
     """
 
     def __init__(
-        self, loss: LatentActionLoss, dead_codes: DeadCodeSchedule | None, optimizer: torch.optim.Optimizer
+        self,
+        loss: LatentActionLoss,
+        dead_codes: DeadCodeSchedule | None,
+        optimizer: torch.optim.Optimizer,
+        *,
+        unquantized: int = 0,
     ) -> None:
-        self.loss, self.dead_codes, self.optimizer = loss, dead_codes, optimizer
+        self.loss, self.dead_codes, self.optimizer, self.unquantized = loss, dead_codes, optimizer, unquantized
 
     def __call__(self, model: nn.Module, batch: StepBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Terms of one batch, with `dead`, the number of codes moved."""
         assert isinstance(model, LatentActionModel)
         step, moved = int(batch.step), 0
         schedule, quantizer = self.dead_codes, model.quantizer
-        if schedule is not None and schedule.due(step) and not isinstance(quantizer, FiniteScalar):
-            moved = len(replace_dead_codes(quantizer, schedule, optimizer=self.optimizer, generator=generator).dead)
         clip = batch.frames.float() / 255
-        prediction = model(clip, generator=generator)
+        if not isinstance(quantizer, FiniteScalar):
+            if step == self.unquantized > 0:
+                with torch.no_grad():
+                    rows = model.encoder(clip).flatten(0, 2)
+                start_codes(quantizer, rows, optimizer=self.optimizer, generator=generator)
+            elif step > self.unquantized and schedule is not None and schedule.due(step):
+                moved = len(replace_dead_codes(quantizer, schedule, optimizer=self.optimizer, generator=generator).dead)
+        prediction = _unquantized(model, clip) if step < self.unquantized else model(clip, generator=generator)
         if model.config.target == "features":
             with torch.no_grad():
                 features = model.encoder.frame_features(clip[:, 1:])
@@ -92,3 +106,10 @@ class LatentActionObjective:
                 # A training log has the same columns at every step, also before the flow term starts.
                 terms.setdefault("flow", terms["total"].new_zeros(()))
         return {**terms, "dead": torch.tensor(float(moved))}
+
+
+def _unquantized(model: LatentActionModel, clip: Tensor) -> Prediction:
+    """As the model's own forward pass, with the encoder's rows in place of codes."""
+    rows = model.encoder(clip).float()
+    codes = torch.zeros(rows.shape[:3], dtype=torch.int64, device=rows.device)
+    return Prediction(model.decode(clip[:, :-1], rows), LatentActions(codes, rows, rows.new_zeros(())))

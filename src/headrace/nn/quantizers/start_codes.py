@@ -1,0 +1,53 @@
+"""A codebook placed where the rows are: k-means on a batch, for quantisers that begin after a time without one."""
+
+import torch
+from torch import Tensor
+
+from headrace.nn.quantizers.noise_substitution import NoiseSubstitution
+from headrace.nn.quantizers.rows import nearest_codes
+from headrace.nn.quantizers.vector import Vector
+from headrace.nn.shapes import expect_shape
+
+
+@torch.no_grad()
+def start_codes(
+    quantizer: NoiseSubstitution | Vector,
+    rows: Tensor,
+    *,
+    rounds: int = 10,
+    optimizer: torch.optim.Optimizer | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Overwrite the codebook by k-means centres of rows, begun as in k-means++, and start counting use anew.
+
+    Args:
+        quantizer: Whose `codebook` and `usage` are changed.
+        rows: Shape (R, D), at least as many as codes.
+        rounds: Of k-means.
+        optimizer: Whose running averages of the codebook are cleared.
+        generator: Randomness of the first centres.
+
+    Raises:
+        ValueError: Another width, or fewer rows than codes.
+
+    Source: Arthur and Vassilvitskii 2007 for the first centres.
+    """
+    expect_shape("rows", rows, (None, quantizer.width))
+    if len(rows) < quantizer.codes:
+        raise ValueError(f"{quantizer.codes} codes need at least as many rows, got {len(rows)}")
+    rows = rows.float()
+    centres = rows[torch.randint(len(rows), (1,), generator=generator, device=rows.device)]
+    while len(centres) < quantizer.codes:
+        gap = torch.cdist(rows, centres).min(1).values.square() + 1e-12
+        centres = torch.cat((centres, rows[torch.multinomial(gap, 1, generator=generator)]))
+    for _ in range(rounds):
+        member = torch.nn.functional.one_hot(nearest_codes(rows, centres), quantizer.codes).to(rows)
+        counts = member.sum(0)[:, None]
+        centres = torch.where(counts > 0, member.T @ rows / counts.clamp_min(1), centres)
+    quantizer.codebook.copy_(centres.to(quantizer.codebook))
+    quantizer.usage.zero_()
+    if isinstance(quantizer, Vector):
+        quantizer.moved(torch.arange(quantizer.codes, device=rows.device))
+    for value in (optimizer.state.get(quantizer.codebook, {}) if optimizer else {}).values():
+        if isinstance(value, Tensor) and value.shape == quantizer.codebook.shape:
+            value.zero_()
