@@ -29,6 +29,7 @@ from headrace.robot.latent_action_config import LatentActionConfig
 from headrace.robot.latent_action_judge import judge
 from headrace.robot.latent_action_loss import LatentActionLoss, LatentActionLossConfig, LossSchedule
 from headrace.robot.latent_action_training import LatentActionObjective, StepBatches
+from headrace.robot.latent_action_transfer import carry_over, write_page
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 
@@ -108,6 +109,20 @@ def end_effector(corpus: VideoClips, prefix: str) -> dict[tuple[str, str], np.nd
     return found
 
 
+def show_transfer(model: LatentActionModel, held_out: VideoClips, recipe: Recipe) -> None:
+    """Four pairs of held-out clips of 10 frames, as `transfer.html`."""
+    random = np.random.default_rng(recipe.seed)
+    videos = random.integers(len(held_out), size=8)
+    starts = np.array([int(random.integers(max(1, held_out.lengths[v] // 2))) for v in videos])
+    clips = held_out.clips(videos, starts, 10).frames.float() / 255
+    write_page(
+        carry_over(model, clips[:4], clips[4:]),
+        recipe.out / "transfer.html",
+        title="Latent actions of one clip on another",
+        note=f"{recipe.steps} updates, seed {recipe.seed}; clips that the model was not trained on.",
+    )
+
+
 def main(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     training, held_out = split(recipe)
@@ -150,6 +165,7 @@ def main(recipe: Recipe) -> None:
         **judge(model, training, held_out, positions)._asdict(),
     }
     (recipe.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    show_transfer(model, held_out, recipe)
     print(json.dumps(report))
 
 
