@@ -134,6 +134,7 @@ def main(recipe: Recipe) -> None:
     weights = LatentActionLossConfig(
         distance=recipe.distance,
         perceptual=0.0,
+        flow_clips=max(1, recipe.batch_size // 4),
         flow=LossSchedule(start=recipe.steps // 5, ramp=max(1, recipe.steps // 20), weight=recipe.flow),
     )
     loss = LatentActionLoss(weights, estimate=LucasKanade(steps=2) if recipe.flow else None)

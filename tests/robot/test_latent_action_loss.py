@@ -85,3 +85,11 @@ def test_a_weight_without_its_network_is_refused():
         LatentActionLoss(LatentActionLossConfig(), estimate=LucasKanade())
     with pytest.raises(ValueError, match=r"flow term has weight 0"):
         LatentActionLoss(LatentActionLossConfig(perceptual=0, flow=LossSchedule(weight=0.0)), estimate=LucasKanade())
+
+
+def test_the_flow_term_of_some_clips_is_that_of_a_smaller_batch():
+    clips, other = torch.cat((moving(1), moving(2))), torch.cat((moving(2), moving(1)))
+    config = LatentActionLossConfig(perceptual=0.0, flow=LossSchedule(start=0, ramp=0, weight=1.0), flow_clips=1)
+    loss = LatentActionLoss(config, estimate=LucasKanade(levels=2))
+    some = loss(predicted(other[:, 1:]), clips, step=0)["flow"]
+    assert some == loss(predicted(other[:1, 1:]), clips[:1], step=0)["flow"] > 0

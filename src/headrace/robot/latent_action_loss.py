@@ -51,18 +51,23 @@ class LatentActionLossConfig:
         flow: Weight of the optical-flow consistency over the run.
         from_given_frame: Whether the motion from the first, given frame to the first predicted one counts too; the
             official code leaves it out.
+        flow_clips: How many clips of a batch the optical-flow term looks at, the first ones; None for all. The term's
+            cost falls with it, and as batches are random its mean stays.
     """
 
     distance: Literal["l1", "mse"] = "l1"
     perceptual: float = 0.5
     flow: LossSchedule = field(default_factory=LossSchedule)
     from_given_frame: bool = False
+    flow_clips: int | None = None
 
     def __post_init__(self) -> None:
         if self.distance not in ("l1", "mse"):
             raise ValueError(f"unknown distance {self.distance!r} (known: l1, mse)")
         if self.perceptual < 0:
             raise ValueError(f"perceptual must be at least 0, got {self.perceptual}")
+        if self.flow_clips is not None and self.flow_clips < 1:
+            raise ValueError(f"flow_clips must be at least 1 or None, got {self.flow_clips}")
 
 
 def pixel_loss(
@@ -182,7 +187,8 @@ class LatentActionLoss(nn.Module):
             total = total + config.perceptual * terms["perceptual"]
         weight = config.flow.at(step)
         if self.estimate is not None and weight > 0:
-            terms["flow"] = self._flow(frames, clip, valid, frame_mask)
+            some = slice(config.flow_clips)
+            terms["flow"] = self._flow(frames[some], clip[some], valid[some], frame_mask[some])
             total = total + weight * terms["flow"]
         return {"total": total, **terms}
 
