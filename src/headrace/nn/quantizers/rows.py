@@ -38,5 +38,6 @@ class RowQuantizer(Protocol):
 def nearest_codes(rows: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest codebook row, in float32; of equally near ones the first. Shapes (R, D), (K, D) to (R,)."""
     rows, codebook = rows.detach().float(), codebook.detach().float()
-    distance = rows.square().sum(1, keepdim=True) - 2 * rows @ codebook.T + codebook.square().sum(1)
+    with torch.autocast(rows.device.type, enabled=False):  # autocast would round the products to half precision
+        distance = rows.square().sum(1, keepdim=True) - 2 * rows @ codebook.T + codebook.square().sum(1)
     return distance.argmin(1)

@@ -35,15 +35,8 @@ def start_codes(
     expect_shape("rows", rows, (None, quantizer.width))
     if len(rows) < quantizer.codes:
         raise ValueError(f"{quantizer.codes} codes need at least as many rows, got {len(rows)}")
-    rows = rows.float()
-    centres = rows[torch.randint(len(rows), (1,), generator=generator, device=rows.device)]
-    while len(centres) < quantizer.codes:
-        gap = torch.cdist(rows, centres).min(1).values.square() + 1e-12
-        centres = torch.cat((centres, rows[torch.multinomial(gap, 1, generator=generator)]))
-    for _ in range(rounds):
-        member = torch.nn.functional.one_hot(nearest_codes(rows, centres), quantizer.codes).to(rows)
-        counts = member.sum(0)[:, None]
-        centres = torch.where(counts > 0, member.T @ rows / counts.clamp_min(1), centres)
+    with torch.autocast(rows.device.type, enabled=False):
+        centres = _centres(rows.float(), quantizer.codes, rounds, generator)
     quantizer.codebook.copy_(centres.to(quantizer.codebook))
     quantizer.usage.zero_()
     if isinstance(quantizer, Vector):
@@ -51,3 +44,16 @@ def start_codes(
     for value in (optimizer.state.get(quantizer.codebook, {}) if optimizer else {}).values():
         if isinstance(value, Tensor) and value.shape == quantizer.codebook.shape:
             value.zero_()
+
+
+def _centres(rows: Tensor, count: int, rounds: int, generator: torch.Generator | None) -> Tensor:
+    """k-means of rows (R, D), shape (count, D)."""
+    centres = rows[torch.randint(len(rows), (1,), generator=generator, device=rows.device)]
+    while len(centres) < count:
+        gap = torch.cdist(rows, centres).min(1).values.square() + 1e-12
+        centres = torch.cat((centres, rows[torch.multinomial(gap, 1, generator=generator)]))
+    for _ in range(rounds):
+        member = torch.nn.functional.one_hot(nearest_codes(rows, centres), count).to(rows)
+        sizes = member.sum(0)[:, None]
+        centres = torch.where(sizes > 0, member.T @ rows / sizes.clamp_min(1), centres)
+    return centres
