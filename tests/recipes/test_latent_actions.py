@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,11 @@ def test_the_recipe_trains_judges_and_saves(tmp_path):
     command = [sys.executable, ROOT / "recipes" / "latent_actions.py", "--data", tmp_path / "data"]
     options = {"out": tmp_path / "run", "steps": 2, "batch-size": 4, "width": 32, "image-size": 32, "held-out": 3}
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    environment = {"HEADRACE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "HEADRACE_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
     subprocess.run([*map(str, command), *flags], check=True, env=environment)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["transitions"] == 9 and 0 < report["used"] <= 1
