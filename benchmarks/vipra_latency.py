@@ -9,23 +9,21 @@ says how fast the policy reacts.
 
 import json
 import platform
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import tyro
-from cached_decoding import SPEC, median_ms
+from cached_decoding import Settings as Shape
+from cached_decoding import median_ms, network
 
 from headrace.flow.solver import SolverSettings
-from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.action_bins import ActionBinsConfig
-from headrace.robot.action_decoder import ActionDecoderConfig
-from headrace.robot.sizes import policy_config
-from headrace.robot.vipra import VipraConfig, VipraPolicy
+from headrace.robot.vipra import VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
 from headrace.robot.vipra_bins import VipraBins, VipraBinsConfig
-from headrace.robot.vipra_config import ActorConfig, BackboneConfig, shared_fields
+from headrace.robot.vipra_config import ActorConfig, shared_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +44,6 @@ def rates(chunk_ms: float, execute: int) -> dict[str, float]:
     replan = 1000 / chunk_ms
     figures = {"chunk_ms": chunk_ms, "replan_hz": replan, "action_hz": execute * replan}
     return {name: round(value, 2) for name, value in figures.items()}
-
-
-def network(settings: Settings) -> VipraConfig:
-    """One frame of 256 tokens before a chunk of 14 actions of 7 numbers, as `cached_decoding.py` has it."""
-    width = settings.width
-    return replace(
-        policy_config("small", SPEC, cameras=("eye",), camera_size=256),
-        image=ImageTokensConfig(backbone="resnet10t", size=256, width=width, stage=3),
-        backbone=BackboneConfig(width=width, layers=settings.layers, heads=width // 64, mlp=width * 8 // 3 // 8 * 8),
-        decoder=ActionDecoderConfig(width=width),
-        crop=(0, 0),
-        words=("pick", "it", "up"),
-    )
 
 
 @torch.inference_mode()
@@ -97,7 +82,7 @@ def main(settings: Settings) -> None:
     """Time both heads of one network, batch 1, float32."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    config = network(settings)
+    config = network(Shape(width=settings.width, layers=settings.layers))
     inputs = PolicyInput(
         torch.randint(0, 256, (1, 1, 1, 256, 256, 3), dtype=torch.uint8), torch.zeros(1, 0), torch.tensor([[2, 3, 4]])
     )

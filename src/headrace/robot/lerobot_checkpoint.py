@@ -21,7 +21,7 @@ from headrace.nn.pretrained import (
     resolve_folder,
 )
 from headrace.robot.vipra import VipraConfig, VipraPolicy
-from headrace.vlm.video_language_model import TOKENIZER_FOLDER
+from headrace.vlm.text_tokenizer import TOKENIZER_FOLDER
 
 POLICY_TYPE = "vipra"
 PREFIX = "model."

@@ -4,22 +4,19 @@ What stands where is a `SequenceLayout` of `headrace.vlm.vipra_sequences`; this 
 """
 # Shape letters: B batch, V cameras, T frames of history, N positions, L words, D width, n positions of a part.
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaModel
 
 from headrace.nn.image_tokens import ImageTokens, ImageTokensConfig
-from headrace.nn.pretrained import Pretrained, resolve_folder
 from headrace.nn.shapes import expect_shape
 from headrace.robot.frame_codes import FrameCodes
 from headrace.robot.vipra_config import Attention, TrunkConfig
 from headrace.vlm.sequence import Delimiter, Field, SequenceLayout, Special
-from headrace.vlm.video_language_model import TOKENIZER_FOLDER
+from headrace.vlm.text_tokenizer import WithTextTokenizer
 from headrace.vlm.vipra_sequences import MARKS, VipraSizes
 
 PADDING = -1
@@ -65,12 +62,8 @@ def encode_text(instructions: Sequence[str], words: tuple[str, ...]) -> Tensor:
     return pad_left([[ids.get(word, 1) for word in text.lower().split()] for text in instructions], 0)
 
 
-class VipraTrunk(Pretrained):
-    """Frames, text and marks as rows, and the transformer.
-
-    Attributes:
-        tokenizer: Text tokenizer of transformers where the config has a `text_vocabulary`; None until set or loaded.
-    """
+class VipraTrunk(WithTextTokenizer):
+    """Frames, text and marks as rows, and the transformer. `tokenizer` is needed where there is a `text_vocabulary`."""
 
     Config: ClassVar[type] = TrunkConfig
     MARKS = tuple(MARKS)[:7]
@@ -92,7 +85,6 @@ class VipraTrunk(Pretrained):
         if isinstance(image, ImageTokensConfig):
             self.view = nn.Embedding(config.views, width)
             nn.init.normal_(self.view.weight, std=0.02)
-        self.tokenizer: Any = None
 
     # Text
 
@@ -238,25 +230,6 @@ class VipraTrunk(Pretrained):
         columns = torch.arange(keys, device=valid.device)
         seen = (columns <= rows) if attention == "causal" else torch.ones_like(columns <= rows)
         return ((seen & valid[:, None, :]) | (columns == rows))[:, None]
-
-    # Files
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """As `Pretrained`, with the text tokenizer beside."""
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
-        super().save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """As `Pretrained`, with the text tokenizer where the folder holds one."""
-        from transformers import AutoTokenizer
-
-        folder = resolve_folder(source, revision=revision)
-        model = super().from_pretrained(folder)
-        if (folder / TOKENIZER_FOLDER).is_dir():
-            model.tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
-        return model
 
 
 def with_ends(layout: SequenceLayout, part: Field, ids: Tensor) -> Tensor:

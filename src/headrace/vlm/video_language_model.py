@@ -8,14 +8,12 @@ what stands where and what it weighs in the loss. Source of the arrangement: ViP
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headrace.nn.pretrained import Pretrained, resolve_folder
 from headrace.vlm.answering import AnswersPictures
 from headrace.vlm.kv_cache import KVCache
 from headrace.vlm.pruning.reading import AnswerRecord
@@ -28,9 +26,8 @@ from headrace.vlm.sequence import (
     TokenSequence,
     Vocabulary,
 )
+from headrace.vlm.text_tokenizer import WithTextTokenizer
 from headrace.vlm.visual_encoder import VisualEncoder, VisualEncoderConfig
-
-TOKENIZER_FOLDER = "text_tokenizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +94,7 @@ class LanguageOutput(NamedTuple):
     hidden: Tensor
 
 
-class VideoLanguageModel(AnswersPictures, Pretrained):
+class VideoLanguageModel(AnswersPictures, WithTextTokenizer):
     """Language model, visual encoder, projector, and a table and a head per further vocabulary.
 
     Attributes:
@@ -130,7 +127,6 @@ class VideoLanguageModel(AnswersPictures, Pretrained):
         for module in (*self.tables.values(), *self.heads.values()):
             nn.init.normal_(module.get_parameter("weight"), std=0.02)
         self.encoder.requires_grad_(config.train_encoder)
-        self.tokenizer: Any = None
         self.pruning = None
         self.record = AnswerRecord()
 
@@ -354,25 +350,6 @@ class VideoLanguageModel(AnswersPictures, Pretrained):
             use_cache=True,
         ).last_hidden_state
         return self.head(hidden[:, -1], kind)
-
-    # Files
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """As `Pretrained`, with the text tokenizer beside."""
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
-        super().save_pretrained(folder)
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
-        """As `Pretrained`, with the text tokenizer where the folder holds one."""
-        from transformers import AutoTokenizer
-
-        folder = resolve_folder(source, revision=revision)
-        model = super().from_pretrained(folder)
-        if (folder / TOKENIZER_FOLDER).is_dir():
-            model.tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
-        return model
 
 
 def _real_rows(rows: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from headrace.robot.lerobot_checkpoint import PREFIX, load_network, network_conf
 from headrace.robot.policy import settle
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
-from headrace.vlm.video_language_model import TOKENIZER_FOLDER
+from headrace.vlm.text_tokenizer import TOKENIZER_FOLDER
 from lerobot_policy_vipra.configuration_vipra import LeRobotVipraConfig
 from lerobot_policy_vipra.new_network import camera_name, from_features
 
