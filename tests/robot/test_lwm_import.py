@@ -11,6 +11,7 @@ from headrace.robot.frame_codes import FrameCodesConfig
 from headrace.robot.lwm_import import (
     LANGUAGE,
     POLICY,
+    PRETRAINING,
     halves_of_pairs,
     load_leaves,
     pairs_of_halves,
@@ -18,7 +19,8 @@ from headrace.robot.lwm_import import (
     theirs,
 )
 from headrace.robot.vipra import VipraConfig, VipraPolicy
-from headrace.robot.vipra_config import BackboneConfig
+from headrace.robot.vipra_config import BackboneConfig, PretrainingRecord
+from headrace.robot.vipra_pretraining import VipraPretraining, VipraPretrainingConfig
 from headrace.tokenizers.auto import tokenizer_config
 from headrace.tokenizers.lwm_vqgan import LwmVQGAN
 from headrace.vlm.sequence import Vocabulary
@@ -86,6 +88,26 @@ def policy():
     )
 
 
+def pretraining():
+    record = PretrainingRecord(
+        history=(-1, 0), rate=5.0, horizon=14, latent_steps=14, future=True, lam_hash="", tokenizer_hash=""
+    )
+    tokenizer = LwmVQGAN(tokenizer_config("lwm-vqgan:tiny"))
+    encoder = VisualEncoderConfig.of_tokenizer(tokenizer, family="lwm-vqgan", tokens="codes")
+    return VipraPretraining(
+        VipraPretrainingConfig(
+            cameras=("c",),
+            image=FrameCodesConfig(encoder=encoder, size=32, width=WIDTH),
+            backbone=BackboneConfig(width=WIDTH, layers=LAYERS, heads=HEADS, mlp=MLP),
+            camera_size=32,
+            text_vocabulary=TEXT,
+            record=record,
+            frame_tokens=64,
+            frame_codes=16,
+        )
+    )
+
+
 def language_model():
     language = {
         "model_type": "llama", "vocab_size": TEXT, "hidden_size": WIDTH, "intermediate_size": MLP,
@@ -99,7 +121,7 @@ def language_model():
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
-@pytest.mark.parametrize("made", [(policy, POLICY), (language_model, LANGUAGE)], ids=["policy", "language"])
+@pytest.mark.parametrize("made", [(policy, POLICY), (pretraining, PRETRAINING), (language_model, LANGUAGE)])
 def test_every_leaf_is_placed_and_comes_back(made, axis):
     make, names = made
     model, tree = make(), official_tree()

@@ -81,6 +81,21 @@ POLICY = Names(
     unused=HEADS,
     kept=("image_tokens.encoder.",),
 )
+# `VipraPretraining` with frames as ids and text from a tokenizer: the released pretrained network.
+PRETRAINING = Names(
+    layers="backbone.layers",
+    top={
+        "transformer/wte/embedding": "text.weight",
+        "transformer/vte/embedding": "image_tokens.table.weight",
+        "transformer/late/embedding": "tables.latent.weight",
+        "transformer/ln_f/kernel": "backbone.norm.weight",
+        "lm_head/kernel": "heads.spelling.weight",
+        "vision_head/kernel": "heads.visual.weight",
+        "latent_actions_head/kernel": "heads.latent.weight",
+    },
+    unused=tuple(ACTION_PART),
+    kept=("image_tokens.encoder.",),
+)
 # `VideoLanguageModel` around a LLaMA, with the vocabularies `visual` and `latent`.
 LANGUAGE = Names(
     layers="language.model.layers",

@@ -93,10 +93,21 @@ class MetaWorldEnvironment:
 
 
 class AlohaEnvironment:
-    """ALOHA's two simulated arms: 14 joint targets, normalised gripper openings among them. Source: gym-aloha 0.1.5.
+    """ALOHA's two simulated arms: 14 joint targets [rad], two of them gripper openings 0..1. Source: gym-aloha 0.1.5.
 
-    Success: the highest of the package's four stages was reached at this step.
+    The package declares actions in [-1, 1], which the arms leave already when they stand; the bounds here are the
+    joint limits of the ViperX arm. Success: the highest of the package's four stages was reached at this step.
     """
+
+    LIMITS = (
+        ("waist", -3.14, 3.14),
+        ("shoulder", -1.85, 1.26),
+        ("elbow", -1.76, 1.61),
+        ("forearm_roll", -3.14, 3.14),
+        ("wrist_angle", -1.87, 2.23),
+        ("wrist_rotate", -3.14, 3.14),
+        ("gripper", 0.0, 1.0),
+    )
 
     def __init__(self, task: Task, *, name: str) -> None:
         import gym_aloha  # noqa: F401  (registers the environments)
@@ -107,13 +118,11 @@ class AlohaEnvironment:
             f"gym_aloha/{name}", obs_type="pixels_agent_pos", max_episode_steps=task.max_steps + 1,
             disable_env_checker=True,
         )  # fmt: skip
-        joints = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
-        names = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in joints)
+        names = tuple(f"{side}_{joint}" for side in ("left", "right") for joint, _, _ in self.LIMITS)
         self.cameras, self.state_names = ("top",), names
-        space = self.env.action_space
         self.spec = ActionSpec(
             names=names, frame="joint", rotation="none", gripper="open_is_1", rate=50.0, controller="aloha",
-            low=tuple(map(float, space.low)), high=tuple(map(float, space.high)),
+            low=2 * tuple(low for _, low, _ in self.LIMITS), high=2 * tuple(high for _, _, high in self.LIMITS),
         )  # fmt: skip
 
     def reset(self, seed: int) -> Observation:
