@@ -281,8 +281,8 @@ class Loss:
 def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
     """Train `model` in place and save it."""
     tiny = recipe.encoder == "tiny"
-    steps, batch = recipe.steps or (1800 if tiny else 70_000), recipe.batch or (8 if tiny else 512)
-    lr = recipe.lr or (1e-3 if tiny else 2e-4)
+    steps, batch = recipe.steps or (1200 if tiny else 70_000), recipe.batch or (8 if tiny else 512)
+    lr = recipe.lr or (3e-3 if tiny else 2e-4)
     if recipe.pictures is not None:
         data: Folder | ShapesAndPhotos = Folder(recipe.pictures, model.preprocessing)
     else:

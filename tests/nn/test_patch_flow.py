@@ -47,3 +47,14 @@ def test_sinusoids_are_cosine_first_and_scaled():
     features = sinusoid_features(t, 6, scale=1000.0)
     assert features[0, 0].item() == pytest.approx(torch.tensor(250.0).cos().item(), abs=1e-4)
     assert features[0, 3].item() == pytest.approx(torch.tensor(250.0).sin().item(), abs=1e-4)
+
+
+def test_a_gain_reaches_the_condition_and_leaves_the_way_of_the_noise():
+    torch.manual_seed(0)
+    head = PatchFlow(PatchFlowConfig(patch_dim=48, condition_dim=64, width=256, depth=1, init_gain=1.0))
+    for layer in (head.cond_embed, head.out_modulation, head.res_blocks[0].modulation):
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.02)
+    for layer in (head.input_proj, head.out):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    with pytest.raises(ValueError, match="init_gain"):
+        PatchFlowConfig(patch_dim=4, condition_dim=4, width=4, init_gain=-1.0)

@@ -28,7 +28,8 @@ class PatchFlowConfig:
         time_features: Sinusoids of the time.
         zero_init: Zero the modulation and output layers (MAR). The release draws every linear layer from a
             truncated normal with standard deviation 0.02, which learned slightly faster.
-        init_gain: See `draw_weights`; 0 is the release.
+        init_gain: Of the layers that bring in the condition, see `draw_weights`; 0 is the release. The others start at
+            0.02 in any case: with a gain they learn to pass the noise on more slowly.
         allow_narrow: Accept `width < patch_dim`; for reading foreign tiny checkpoints, not for training.
     """
 
@@ -88,6 +89,9 @@ class PatchFlow(nn.Module):
     def initialise(self) -> None:
         """Truncated normal weights and zero biases; with `zero_init` the gates and the output start at 0."""
         for module in self.modules():
+            draw_weights(module)
+        modulations = (module.modulation for module in self.res_blocks if isinstance(module, ModulatedMLP))
+        for module in (self.cond_embed, self.out_modulation, *modulations):
             draw_weights(module, gain=self.config.init_gain)
         if self.config.zero_init:
             gates = [block.modulation for block in self.res_blocks if isinstance(block, ModulatedMLP)]

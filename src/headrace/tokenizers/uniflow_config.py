@@ -116,4 +116,4 @@ class UniFlowConfig:
     @classmethod
     def tiny(cls) -> Self:
         """64 px, 64 tokens of 32 numbers, 6.4M parameters; respects the width rule (256 >= 192)."""
-        return cls(encoder=ENCODERS["tiny"], latent_channels=32, global_depth=2, flow_depth=3, init_gain=0.64)
+        return cls(encoder=ENCODERS["tiny"], latent_channels=32, global_depth=2, flow_depth=3, init_gain=1.0)
