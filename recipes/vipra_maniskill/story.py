@@ -172,6 +172,11 @@ def main(story: Story) -> None:
         pictures = pictures_of(videos, out / "pictures", size.token_frames, (left, top, side))
         train_tokenizer(pictures, out / "tokenizer", steps=size.token_steps, seed=story.seed)
     if tell("lam", story) and story.lam is None and not lam.exists():
+        plain = [path for path in videos if Path(path).exists() and not (Path(path) / "meta" / "info.json").is_file()]
+        if plain:
+            raise ValueError(
+                f"the recipe of latent actions reads LeRobot datasets; for {plain[0]} name a trained --lam"
+            )
         command = [sys.executable, str(RECIPES / "latent_actions.py"), "--data", *videos, "--out", str(out / "lam")]
         command += ["--steps", str(size.lam_steps), "--seed", str(story.seed)]
         command += ["--resume"] if resumed(out / "lam") else []
