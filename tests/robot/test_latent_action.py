@@ -146,3 +146,15 @@ def test_strides_follow_the_paper_at_its_grid():
     assert [strides_to(16, side) for side in (2, 4, 8, 16)] == [(2, 2, 2), (2, 2), (2, 1), (1, 1)]
     with pytest.raises(ValueError, match="never gives 3"):
         strides_to(16, 3)
+
+
+def test_a_fresh_residual_model_repeats_the_present_frame_and_can_leave_it():
+    torch.manual_seed(0)
+    model = LatentActionModel(replace(LatentActionConfig.tiny(image_size=32), residual=True))
+    clip = torch.rand(1, 3, 3, 32, 32)
+    predicted = model(clip).frames
+    torch.testing.assert_close(predicted, clip[:, :-1])
+    (predicted - clip[:, 1:]).square().mean().backward()
+    assert model.decoder.out.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="residual adds to pixels"):
+        LatentActionConfig(target="features", residual=True)

@@ -106,6 +106,9 @@ class ForwardDynamicsDecoder(nn.Module):
         self.blocks = SpatiotemporalStack(config.decoder)
         out = 3 * patch * patch if config.target == "pixels" else config.features.width
         self.out = nn.Linear(width, out)
+        if config.residual:  # training begins at the present frame, not at noise added to it
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     def conditions(self, vectors: Tensor) -> Tensor:
         """Vectors of shape (B, T, N, Q) to one vector per transition, shape (B, T, D)."""
