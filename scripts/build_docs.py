@@ -11,15 +11,15 @@ SITE = ROOT / "site"
 
 
 def write_pages() -> list[str]:
-    """Turn each Markdown page into HTML beside the reference; returns their names."""
+    """Turn each Markdown page and model card into HTML beside the reference; returns their names."""
     names = []
-    for page in sorted((ROOT / "docs").rglob("*.md")):
-        target = SITE / "pages" / page.relative_to(ROOT / "docs").with_suffix(".html")
+    targets = {page: SITE / "pages" / page.relative_to(ROOT / "docs") for page in sorted((ROOT / "docs").rglob("*.md"))}
+    targets |= {card: SITE / card.relative_to(ROOT) for card in sorted((ROOT / "checkpoints").glob("*/README.md"))}
+    for page, place in targets.items():
+        target = place.with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
         body = pdoc.render_helpers.to_html(page.read_text()).replace(".md", ".html")
-        target.write_text(
-            f'<!doctype html><meta charset="utf-8"><title>{page.stem}</title>{STYLE}<main>{body}</main>\n'
-        )
+        target.write_text(html_page(page.stem, body))
         names.append(str(target.relative_to(SITE)))
     return names
 
@@ -45,13 +45,13 @@ def main() -> int:
     pdoc.render.configure(docformat="google", math=True)
     pdoc.pdoc("headrace", output_directory=SITE)
     pages = write_pages()
-    links = "".join(f'<li><a href="{name}">{Path(name).stem}</a></li>' for name in pages)
+    links = "".join(f'<li><a href="../{name}">{name.removesuffix(".html")}</a></li>' for name in pages)
     home = SITE / "pages" / "index.html"
     home.write_text(
         html_page(
             "headrace",
             '<h1>headrace</h1><p><a href="../headrace.html">Reference from the docstrings</a></p>'
-            f"<ul>{links.replace('pages/', '')}</ul>",
+            f"<ul>{links.replace('>pages/', '>')}</ul>",
         )
     )
     print(f"wrote {home.relative_to(ROOT)} ({len(pages)} pages) and the reference in {SITE.relative_to(ROOT)}/")

@@ -95,7 +95,7 @@ def pretrain(
     torch.manual_seed(seed)
     model = VipraPretraining(config)
     if encoder is not None and ids:
-        model.image_tokens.encoder.load_state_dict(encoder.state_dict())
+        model.image_tokens.get_submodule("encoder").load_state_dict(encoder.state_dict())
     if language is not None:
         stage.start_from_language_model(model, language)
     sources = [open_source(path, stride=step) for path, step in zip(data, strides, strict=True)]

@@ -91,7 +91,7 @@ class PositionConvolution(nn.Module):
         batch, frames, count, width = x.shape
         video = x.reshape(batch, frames, *grid, width).permute(0, 4, 1, 2, 3)
         video = F.pad(video, (1, 1, 1, 1, 2, 0) if self.causal else (1, 1, 1, 1, 1, 1))
-        moved = depthwise_conv3d(video, self.convolution.weight, self.convolution.bias)
+        moved = depthwise_conv3d(video, self.convolution.weight, self.convolution.get_parameter("bias"))
         return moved.permute(0, 2, 3, 4, 1).reshape(batch, frames, count, width)
 
 

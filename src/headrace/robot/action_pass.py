@@ -95,9 +95,7 @@ class ActionPass:
         return torch.cat((-high, low), 2).mul_(self.sin).addcmul_(both, self.cos)
 
     def _norm(self, x: Tensor, norm: Any) -> Tensor:
-        full = x.float()
-        scale = full.square().mean(0).add_(self.eps).rsqrt_()
-        return (full * scale).to(x.dtype).mul_(norm.weight[:, None])
+        return nn.functional.rms_norm(x.mT, (self.width,), norm.weight, self.eps).mT
 
     def _rotary(self, valid: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the action positions for queries (scaled) and keys, each (2, B or B * A, E, H)."""

@@ -60,7 +60,8 @@ def carry_over(model: LatentActionModel, driver: Tensor, start: Tensor) -> Trans
         raise ValueError(f"clips must have one shape, got {tuple(driver.shape)} and {tuple(start.shape)}")
     actions = [model.encode(clip) for clip in (driver, start)]
     driven, own = (torch.cat((start[:, :1], model.rollout(start[:, :1], a.vectors)), 1) for a in actions)
-    return Transfer(*(_pixels(clip) for clip in (driver, start, driven, own)), codes=actions[0].codes.cpu().numpy())
+    codes = actions[0].codes.cpu().numpy()
+    return Transfer(_pixels(driver), _pixels(start), _pixels(driven), _pixels(own), codes)
 
 
 def picture(transfer: Transfer, row: int, *, scale: int = 2) -> Image.Image:

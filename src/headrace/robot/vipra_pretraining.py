@@ -117,7 +117,7 @@ class VipraPretraining(VipraTrunk):
             heads["latent"] = nn.Linear(width, config.latent_codes + 1, bias=False)
         self.tables, self.heads = nn.ModuleDict(tables), nn.ModuleDict(heads)
         for module in (*tables.values(), *heads.values()):
-            nn.init.normal_(module.weight, std=0.02)
+            nn.init.normal_(module.get_parameter("weight"), std=0.02)
 
     @property
     def layout(self) -> SequenceLayout:

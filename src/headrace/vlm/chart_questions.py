@@ -139,7 +139,11 @@ def pack(charts: list[list[tuple[str, str]]], tokenizer: Any, *, after: str) -> 
 
 
 def _row(questions: list[tuple[str, str]], tokenizer: Any, after: str) -> tuple[list[Any], ...]:
-    ids, offset, block, target, weight = [], [], [], [], []
+    ids: list[int] = []
+    offset: list[int] = []
+    block: list[int] = []
+    target: list[int] = []
+    weight: list[float] = []
     texts = [part for prompt, answer in questions for part in (prompt, f" {answer}")]
     encoded = tokenizer(texts, add_special_tokens=False).input_ids
     between = tokenizer(after, add_special_tokens=False).input_ids

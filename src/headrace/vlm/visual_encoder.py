@@ -3,7 +3,7 @@
 
 import dataclasses
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ def _timm(config: VisualEncoderConfig) -> tuple[nn.Module, Preprocessing]:
     import timm
     from timm.data import resolve_model_data_config
 
-    model = timm.create_model(config.name, pretrained=False, num_classes=0, **config.arguments)
+    model = cast(Any, timm.create_model(config.name, pretrained=False, num_classes=0, **config.arguments))
     if config.stem is not None:
         if (
             not hasattr(model, "patch_embed")
