@@ -8,7 +8,7 @@ accident, which turns its dropout on).
 import os
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import timm
 import torch
@@ -123,7 +123,7 @@ class EfficientNetLite0(Frozen):
         if len(own) != len(state):
             raise ValueError(f"EfficientNet-Lite0 has {len(own)} tensors, the file holds {len(state)}")
         load_strictly(self.net, dict(zip(own, state.values(), strict=True)), what="the EfficientNet-Lite0 file")
-        self.to(memory_format=torch.channels_last)
+        cast(Any, self).to(memory_format=torch.channels_last)  # torch's types do not know this form of `to`
         self.freeze()
 
     @classmethod

@@ -142,7 +142,7 @@ def build_tower(config: TowerConfig) -> nn.Module:
         return model
     if config.family == "efficientnet":
         cut: dict[str, Any] = {"features_only": True, "out_indices": (EFFICIENTNET_STAGE,), "bn_eps": 1e-3}
-        return timm.create_model(name, **cut).to(memory_format=torch.channels_last)
+        return cast(Any, timm.create_model(name, **cut)).to(memory_format=torch.channels_last)
     shape: dict[str, Any] = {
         "img_size": config.size,
         "patch_size": config.patch,
