@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from headrace.nn.shards import whole
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -149,7 +151,7 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `model.safetensors`, then `config.json`, each atomically; the config marks completeness."""
         folder = Path(folder)
-        state = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        state = {key: whole(value.detach()).cpu().contiguous() for key, value in self.state_dict().items()}
         shared: dict[int, str] = {}
         unique = {}
         for key, value in state.items():

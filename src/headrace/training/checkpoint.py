@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headrace.nn.pretrained import load_strictly, read_weights, void, write_atomically
+from headrace.nn.shards import part, whole
 from headrace.training.ema import Ema
 
 RUN_FILE = "run.json"
@@ -123,19 +124,24 @@ class TrainingState:
     scaler: torch.amp.GradScaler | None = None
 
 
-def save_checkpoint(folder: Path, step: int, state: TrainingState, *, keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, state: TrainingState, *, keep: int, write: bool = True) -> Path:
     """Write the checkpoint after `step` updates and drop all but the newest `keep`.
+
+    Where the model is spread over processes all of them must call this, one with `write`: the parts are gathered.
 
     Raises:
         OSError: Disk full or not writable; the checkpoints written before are untouched.
     """
     parent = folder / CHECKPOINTS
     target = parent / f"step_{step:08d}"
+    contents = _contents(step, state)
+    if not write:
+        return target
     temporary = parent / f".{target.name}.part"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write_state(temporary, step, state)
+        _write(temporary, contents)
         for path in temporary.iterdir():
             _flush_to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
@@ -152,16 +158,23 @@ def save_checkpoint(folder: Path, step: int, state: TrainingState, *, keep: int)
     return target
 
 
-def _write_state(folder: Path, step: int, state: TrainingState) -> None:
-    save_file(_without_aliases(state.model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+def _contents(step: int, state: TrainingState) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Tensors by the name of their file, and the facts beside them."""
     tensors, numbers = _optimizer_state(state.model, state.optimizer)
-    save_file(tensors, folder / "optimizer.safetensors")
+    files = {"model": _without_aliases(state.model.state_dict()), "optimizer": tensors}
     facts: dict[str, Any] = {"step": step, "optimizer_numbers": numbers}
     if state.ema is not None:
-        save_file({k: v.cpu().contiguous() for k, v in state.ema.shadow.items()}, folder / "ema.safetensors")
+        files["ema"] = {k: whole(v).cpu().contiguous() for k, v in state.ema.shadow.items()}
         facts["ema_updates"] = state.ema.updates
     if state.scaler is not None:
         facts["scaler"] = state.scaler.state_dict()
+    return files, facts
+
+
+def _write(folder: Path, contents: tuple[dict[str, dict[str, Tensor]], dict[str, Any]]) -> None:
+    files, facts = contents
+    for name, tensors in files.items():
+        save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"} if name == "model" else None)
     (folder / "state.json").write_text(json.dumps(facts) + "\n")
 
 
@@ -194,12 +207,13 @@ def _without_aliases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tied weights once, on the CPU; `load_strictly` accepts the missing second name."""
     seen: set[tuple[int, torch.Size, tuple[int, ...]]] = set()
     unique = {}
-    for key, value in state.items():
-        place = value.data_ptr(), value.shape, value.stride()
+    for key, spread in state.items():
+        value, own = whole(spread.detach()), part(spread)
+        place = own.data_ptr(), value.shape, value.stride()  # a gathered copy's memory is used again for the next
         if value.numel() and place in seen:
             continue
         seen.add(place)
-        unique[key] = value.detach().cpu().clone().contiguous()
+        unique[key] = value.cpu().clone().contiguous()
     return unique
 
 
@@ -212,7 +226,7 @@ def _optimizer_state(
     for name, parameter in model.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{entry}"] = value.detach().cpu().clone().contiguous()
+                tensors[f"{name}/{entry}"] = whole(value.detach()).cpu().clone().contiguous()
             elif value is None or isinstance(value, (int, float, bool, str)):
                 numbers.setdefault(name, {})[entry] = value
             else:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from headrace.nn.shards import part
+
 
 class Ema:
     r"""Float32 average of a model's trainable parameters, :math:`s \leftarrow d\,s + (1-d)\,p`.
@@ -30,9 +32,9 @@ class Ema:
     def update(self, model: nn.Module) -> None:
         """Take the model's present weights into the average."""
         parameters = dict(model.named_parameters())
-        present = [parameters[name].detach().float() for name in self.shadow]
+        present = [part(parameters[name].detach()).float() for name in self.shadow]
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.shadow.values()), present, 1 - decay)
+        torch._foreach_lerp_([part(value) for value in self.shadow.values()], present, 1 - decay)
         self.updates += 1
 
     @contextmanager
