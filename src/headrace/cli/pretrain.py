@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
+BLOCKS = ("LlamaDecoderLayer",)
+
 
 def pretrain(
     *,
@@ -28,6 +30,7 @@ def pretrain(
     move: int = 0,
     precision: Literal["fp32", "bf16", "fp16"] = "bf16",
     checkpointing: bool = False,
+    shard: bool = False,
     seed: int = 0,
     resume: bool = False,
     track: tuple[Literal["tensorboard", "wandb"], ...] = (),
@@ -59,6 +62,7 @@ def pretrain(
         move: Pictures are moved by up to so many pixels.
         precision: Of the forward pass.
         checkpointing: Compute activations twice, to save memory.
+        shard: Spread the model over the processes of `accelerate launch`, block by block, for the published size.
         seed: Of everything.
         resume: Go on with an interrupted run, exactly.
         track: Also log to TensorBoard or Weights & Biases.
@@ -115,7 +119,9 @@ def pretrain(
         seed=seed,
     )
     facts = {"data": list(data), "labels": found.header.lam_hash, "fields": fields, "size": size, "language": language}
-    fitted = stage.pretrain(model, samples, settings, out, resume=resume, trackers=track, facts=facts)
+    fitted = stage.pretrain(
+        model, samples, settings, out, resume=resume, trackers=track, facts=facts, shard=BLOCKS if shard else ()
+    )
     print(f"{fitted.step} updates on {len(samples)} samples in {fitted.seconds:.0f} s: {out / stage.MODEL_FOLDER}")
     print(f"a policy from it: headrace finetune --init {out / stage.MODEL_FOLDER} --dataset DEMONSTRATIONS --out OUT")
     return 0

@@ -166,8 +166,11 @@ def pretrain(
     resume: bool = False,
     trackers: tuple[Any, ...] = (),
     facts: dict[str, Any] | None = None,
+    shard: tuple[str, ...] = (),
 ) -> Fitted:
     """Train and save to `out/model`; AdamW (0.9, 0.95) without weight decay, gradients clipped to 1.
+
+    `shard`, such as `("LlamaDecoderLayer",)`, spreads the model over the processes (see `fit`): for the published size.
 
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False.
@@ -200,6 +203,7 @@ def pretrain(
         log_every=settings.log_every,
         trackers=trackers,
         settings={"pretrain": vars(settings), **(facts or {})},
+        shard=shard,
     )
     model.save_pretrained(out / MODEL_FOLDER)
     return fitted
