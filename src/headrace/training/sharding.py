@@ -1,6 +1,7 @@
 """A run whose model is spread over its processes: parameters, gradients, optimizer and averaged weights (FSDP2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,8 @@ def shard_run(
     before = dict(model.named_parameters())
     shard_blocks(module, classes, device)
     after = dict(model.named_parameters())
-    new = {before[name]: after[name] for name in before}
-    state = {new[p]: _spread(entries, new[p]) for p, entries in optimizer.state.items()}
+    new: dict[Tensor, nn.Parameter] = {before[name]: after[name] for name in before}
+    state: dict[Tensor, Any] = {new[p]: _spread(entries, new[p]) for p, entries in optimizer.state.items()}
     for group in optimizer.param_groups:
         group["params"] = [new[p] for p in group["params"]]
     optimizer.state.clear()
