@@ -217,10 +217,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    def at_step_four(folder, step, state, *, keep):
+    def at_step_four(folder, step, state, *, keep, write=True):
         if step == 4:
             monkeypatch.setattr("headrace.training.checkpoint.save_file", full)
-        return save_checkpoint(folder, step, state, keep=keep)
+        return save_checkpoint(folder, step, state, keep=keep, write=write)
 
     monkeypatch.setattr("headrace.training.loop.save_checkpoint", at_step_four)
     with pytest.raises(OSError, match="after step 4 could not be written"):
