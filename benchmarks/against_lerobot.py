@@ -24,6 +24,7 @@ from headrace.contracts import ActionChunk, Observation
 from headrace.datasets.lerobot_demos import LeRobotDemos
 from headrace.datasets.normalize import Normalizer, NormalizerConfig
 from headrace.flow.solver import SolverSettings
+from headrace.nn.precision import mixed
 from headrace.robot.chunking import RecedingHorizon
 from headrace.robot.finetune import (
     FinetuneSettings,
@@ -154,7 +155,7 @@ def train_lerobot(name: str, settings: Settings) -> tuple[LeRobotContender, dict
             past_action = action(torch.from_numpy(data.actions[earlier]))
             batch |= {IMAGE: pictures, STATE: torch.stack((past_state, numbers), 1)}
             batch[ACTION] = torch.cat((past_action[:, None], wanted[:, :-1]), 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed("cpu"):
             loss, _ = policy.forward(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 10.0)
@@ -182,7 +183,7 @@ def train_headrace(settings: Settings) -> tuple[RecedingHorizon, dict[str, Any]]
     while (spent := trained_for(settings, started)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * min((steps + 1) / 100, 0.1 + 0.45 * (1 + np.cos(np.pi * spent)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed("cpu"):
             loss = policy_loss(model, source.at(steps), generator)["total"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

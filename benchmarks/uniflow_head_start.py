@@ -23,6 +23,7 @@ from headrace.flow.path import straight_path
 from headrace.flow.time import fat_logit_normal_time
 from headrace.nn.patch_flow import PatchFlow, PatchFlowConfig
 from headrace.nn.patches import patchify
+from headrace.nn.precision import mixed
 
 PATCH, LENGTH, LATENT, WIDTH = 8, 192, 64, 256
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -95,7 +96,7 @@ def train(options: Options, variant: dict[str, float], training: Tensor, held_ou
         t = fat_logit_normal_time(len(x), generator=generator)
         path = straight_path(noise, x, t)
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed("cpu"):
             velocity = model(path.x_t, t, x)
         flow_matching_loss(velocity.float(), path.target).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

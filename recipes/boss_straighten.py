@@ -67,7 +67,7 @@ class Recipe:
     lr: float = 2e-4
     ema: float = 0.99
     draws: int = 4
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 
 

@@ -76,7 +76,7 @@ class Recipe:
     long_share: float = 0.5
     seed: int = 0
     threads: int = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpoint_every: int = 200
     resume: bool = False
 

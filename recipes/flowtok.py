@@ -130,7 +130,7 @@ class Recipe:
     batch: int | None = None
     perceptual: Literal["auto", "none", "efficientnet", "lpips"] = "auto"
     vgg: Path | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
     seed: int = 0
     resume: bool = False
 

@@ -152,7 +152,7 @@ def main(recipe: Recipe) -> None:
         seed=recipe.seed,
         schedule=Schedule(kind="cosine", warmup=min(50, recipe.steps // 4), steps=recipe.steps),
         clip=6.0,
-        precision="bf16",
+        precision="auto",
         checkpoint_every=max(1, recipe.steps // 2),
         settings=settings,
     )

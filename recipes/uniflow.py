@@ -28,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from headrace.datasets.captioned_shapes import CAPTIONS, COLOURS, COLUMNS, ROWS, SHAPES, CaptionedShapes
 from headrace.datasets.picture_crops import PictureCrops
 from headrace.nn.distill import LayerwiseDistillation, Weighting
+from headrace.nn.precision import mixed
 from headrace.tokenizers.base import Preprocessing
 from headrace.tokenizers.uniflow import UniFlow
 from headrace.tokenizers.uniflow_config import UniFlowConfig
@@ -70,7 +71,7 @@ class Recipe:
     lr: float = 0.0
     weighting: Weighting = "adaptive"
     distill_weight: float = 1.0
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     resume: bool = False
 
@@ -157,7 +158,7 @@ def train_tiny_teacher(model: UniFlow, *, steps: int, seed: int, batch: int = 32
             group["lr"] = lr * schedule.factor(step)
         images, label = shapes.batch(np.arange(step * batch, (step + 1) * batch))
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16), plain_attention():
+        with mixed("cpu"), plain_attention():
             loss = reader(normalised(images, model.preprocessing), label)
         loss.backward()
         nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
@@ -167,8 +168,8 @@ def train_tiny_teacher(model: UniFlow, *, steps: int, seed: int, batch: int = 32
 
 @torch.no_grad()
 def pooled(encoder: nn.Module, images: Tensor, size: int = 64) -> Tensor:
-    """Mean patch token after the last norm, in batches; teacher and adapted encoder both compute in bfloat16."""
-    with torch.autocast("cpu", torch.bfloat16), plain_attention():
+    """Mean patch token after the last norm, in batches; teacher and adapted encoder compute alike."""
+    with mixed("cpu"), plain_attention():
         parts = [encoder.forward_features(part)[:, encoder.num_prefix_tokens :] for part in images.split(size)]
     return torch.cat([part.float().mean(1) for part in parts])
 

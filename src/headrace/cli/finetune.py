@@ -21,7 +21,7 @@ def finetune(
     batch_size: int = 64,
     lr: float = 5e-4,
     seed: int = 0,
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     resume: bool = False,
     track: tuple[Literal["tensorboard", "wandb"], ...] = (),
 ) -> int:
@@ -43,7 +43,7 @@ def finetune(
         batch_size: Samples per update, over all processes.
         lr: Peak learning rate.
         seed: Of data order, augmentation, times, noise and first weights.
-        precision: `bf16` is several times faster where the processor multiplies it natively.
+        precision: `auto` is bf16 where the device multiplies it natively, else fp32.
         resume: Go on with an interrupted run, exactly.
         track: Also log to TensorBoard or Weights & Biases.
     """

@@ -28,7 +28,7 @@ def pretrain(
     warmup: int = 0,
     schedule: Literal["constant", "cosine"] = "constant",
     move: int = 0,
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     checkpointing: bool = False,
     shard: bool = False,
     seed: int = 0,
@@ -60,7 +60,7 @@ def pretrain(
         warmup: Updates until then.
         schedule: Constant, as published, or a cosine to a tenth.
         move: Pictures are moved by up to so many pixels.
-        precision: Of the forward pass.
+        precision: Of the forward pass; `auto` is bf16 where the device multiplies it natively, else fp32.
         checkpointing: Compute activations twice, to save memory.
         shard: Spread the model over the processes of `accelerate launch`, block by block, for the published size.
         seed: Of everything.

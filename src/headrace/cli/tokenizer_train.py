@@ -35,7 +35,7 @@ def train(
     distance_weights: tuple[float, float] = (1.0, 1.0),
     restart_every: int = 0,
     ema_decay: float | None = None,
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     checkpoint_every: int = 1000,
     seed: int = 0,
     resume: bool = False,
@@ -67,7 +67,7 @@ def train(
             makes the other choose alone.
         restart_every: Updates between restarts of unused codes; 0 for none, as published.
         ema_decay: Average the weights with this decay, too.
-        precision: Of the forward pass; quantisation always runs in float32.
+        precision: Of the forward pass (`auto`: bf16 where native, else fp32); quantisation always runs in float32.
         checkpoint_every: Updates between checkpoints.
         seed: Of weights, order and crops.
         resume: Go on with the run in OUT.

@@ -17,6 +17,7 @@ from headrace.datasets.lerobot_demos import DemoBatch, LeRobotDemos
 from headrace.datasets.mixture import Mixture
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
+from headrace.nn.precision import Precision
 from headrace.robot.lora import without_adapters
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
@@ -24,7 +25,7 @@ from headrace.robot.vipra_bins import VipraBins
 from headrace.robot.vipra_config import ActorConfig
 from headrace.robot.vipra_trunk import encode_text, words_of
 from headrace.training.batches import ShuffledBatches, batches
-from headrace.training.loop import Fitted, Precision, fit
+from headrace.training.loop import Fitted, fit
 from headrace.training.schedule import Schedule
 
 EncodeText = Callable[[Sequence[str]], Tensor]
@@ -43,7 +44,7 @@ class FinetuneSettings:
         move: Pictures are moved by up to so many pixels [px].
         state_noise: Standard deviation of noise on the normalised state; keeps a policy from trusting it blindly.
         ema: Decay of the averaged weights that are saved.
-        precision: `bf16` is several times faster where the processor multiplies it natively.
+        precision: `auto` is bf16 where the device multiplies it natively, else fp32.
     """
 
     steps: int = 10_000
@@ -54,7 +55,7 @@ class FinetuneSettings:
     move: int = 4
     state_noise: float = 0.02
     ema: float = 0.999
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     seed: int = 0
     checkpoint_every: int = 1000
     log_every: int = 20

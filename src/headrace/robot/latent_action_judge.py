@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.datasets.video_clips import VideoClips
+from headrace.nn.precision import mixed
 from headrace.robot.latent_action import LatentActionModel
 from headrace.robot.latent_action_metrics import (
     code_usage,
@@ -98,7 +99,7 @@ def encode_corpus(
     for k in range(0, len(videos), batch_size):
         batch = corpus.clips(videos[k : k + batch_size], starts[k : k + batch_size], frames)
         clip = batch.frames.to(model.device).float() / 255
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with mixed(model.device):
             encoded = model.encoder(clip)
         real = batch.mask[:, 1:]
         codes.append(model.quantize(encoded).codes.cpu()[real])

@@ -11,6 +11,7 @@ from torch import Tensor
 from headrace.datasets.latent_labels import LatentLabels
 from headrace.datasets.video_clips import Decode, VideoClips
 from headrace.datasets.video_source import VideoSource
+from headrace.nn.precision import Precision
 from headrace.nn.pretrained import resolve_folder
 from headrace.robot.frame_codes import FrameCodesConfig
 from headrace.robot.pretrain_data import Prepare, PretrainingData
@@ -20,7 +21,7 @@ from headrace.robot.vipra_pretraining import PretrainingInput, VipraPretraining,
 from headrace.robot.vipra_trunk import words_of
 from headrace.tokenizers.auto import TOKENIZERS, load_tokenizer
 from headrace.training.batches import batches
-from headrace.training.loop import Fitted, Precision, fit
+from headrace.training.loop import Fitted, fit
 from headrace.training.schedule import Schedule
 from headrace.vlm.visual_encoder import VisualEncoder, VisualEncoderConfig
 
@@ -38,7 +39,7 @@ class PretrainSettings:
         lr: Learning rate after `warmup` updates.
         schedule: `constant`, or a `cosine` to a tenth.
         move: Pictures are moved by up to so many pixels [px]; not for frames as ids.
-        precision: Of the forward pass.
+        precision: Of the forward pass; `auto` is bf16 where the device multiplies it natively, else fp32.
         checkpointing: Whether activations are computed again in the backward pass, for memory.
     """
 
@@ -48,7 +49,7 @@ class PretrainSettings:
     warmup: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     move: int = 0
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
     checkpointing: bool = False
     seed: int = 0
     checkpoint_every: int = 1000

@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, parse_flag_from_env, send_to_device
 from torch import Tensor, nn
 
+from headrace.nn.precision import Precision, Resolved, resolve_precision
 from headrace.nn.shards import whole
 from headrace.training.batches import Batches, Prefetch, seed_of
 from headrace.training.checkpoint import RunFolder, TrainingState, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -26,7 +27,6 @@ from headrace.training.schedule import Schedule
 from headrace.training.sharding import shard_run
 
 Loss = Callable[[Any, Any, torch.Generator], Mapping[str, Tensor]]
-Precision = Literal["fp32", "bf16", "fp16"]
 REPLICATED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -103,7 +103,8 @@ def fit(
         schedule: Factor on the learning rate by step.
         clip: Largest norm of the gradient; None for no clipping.
         ema_decay: Keep an average of the weights with this decay.
-        precision: `bf16` and `fp16` run the loss under autocast, `fp16` (GPU only) with a gradient scaler.
+        precision: `bf16` and `fp16` run the loss under autocast, `fp16` (GPU only) with a gradient scaler; `auto` is
+            `bf16` where the device multiplies it natively, else `fp32`.
         accumulate: Batches per update; update k uses batches k * accumulate and following.
         checkpoint_every: Updates between checkpoints; one more is written at the end and when interrupted.
         keep: Newest checkpoints kept, at least 1.
@@ -124,7 +125,7 @@ def fit(
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was written.
     """
     _check_arguments(steps, accumulate, checkpoint_every, keep, log_every, trackers)
-    accelerator = _accelerator(precision, trackers, out, find_unused)
+    accelerator, precision = _accelerator(precision, trackers, out, find_unused)
     if shard and (accelerator.num_processes == 1 or precision == "fp16"):
         raise ValueError("sharding needs several processes (accelerate launch) and fp32 or bf16")
     description = _describe(model, optimizer, seed, schedule, clip, ema_decay, precision, accumulate, settings)
@@ -187,15 +188,15 @@ def _check_arguments(
     require_trackers(trackers)
 
 
-def _accelerator(precision: Precision, trackers: tuple[Tracker, ...], out: Path, find_unused: bool) -> Accelerator:
-    if precision not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision is fp32, bf16 or fp16, got {precision!r}")
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("fp16 needs a GPU; use bf16 on the CPU")
+def _accelerator(
+    precision: Precision, trackers: tuple[Tracker, ...], out: Path, find_unused: bool
+) -> tuple[Accelerator, Resolved]:
     # accelerate keeps the first precision of a process for good; a second `fit` may want another.
     AcceleratorState._reset_state(reset_partial_state=False)
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    chosen = resolve_precision(precision, "cuda" if on_gpu else "cpu")
     accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
+        mixed_precision="no" if chosen == "fp32" else chosen,
         log_with=list(trackers) or None,
         project_dir=out,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
@@ -205,7 +206,7 @@ def _accelerator(precision: Precision, trackers: tuple[Tracker, ...], out: Path,
             f"accelerate is set to {accelerator.distributed_type.value}; choose CPU or multi-GPU in `accelerate config`"
             ". A model that is too large for one device is spread by fit itself: shard=(class names of its blocks)"
         )
-    return accelerator
+    return accelerator, chosen
 
 
 def _describe(
@@ -215,7 +216,7 @@ def _describe(
     schedule: Schedule,
     clip: float | None,
     ema_decay: float | None,
-    precision: Precision,
+    precision: Resolved,
     accumulate: int,
     settings: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
