@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from headrace.datasets.flowlearn import render_mermaid
+from headrace.datasets.flowlearn.chart_picture import FILL, colour, draw_red_box
 from headrace.datasets.flowlearn.generate import make_chart
-from headrace.datasets.flowlearn.render import FILL, colour, draw_red_box, open_renderer
+from headrace.datasets.flowlearn.render import open_renderer
 from headrace.datasets.flowlearn.render_mermaid import mermaid_is_here
 
 

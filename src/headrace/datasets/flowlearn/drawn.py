@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from headrace.datasets.flowlearn.chart_picture import INK, RED, colour
 from headrace.datasets.flowlearn.records import Direction, Edge, Graph, Node
-from headrace.datasets.flowlearn.render import INK, RED, colour
 from headrace.datasets.flowlearn.write import image_paths
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

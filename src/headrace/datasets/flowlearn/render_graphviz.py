@@ -7,8 +7,8 @@ import subprocess
 
 from PIL import Image
 
+from headrace.datasets.flowlearn.chart_picture import Picture, with_boxes
 from headrace.datasets.flowlearn.generate import Chart
-from headrace.datasets.flowlearn.render import Picture, with_boxes
 
 _EDGE = {"plain": "style=solid", "thick": "penwidth=3.5", "dotted": "style=dotted"}
 _DPI, _POINTS = 96, 72

@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from headrace.datasets.flowlearn.browser import Browser, find_browser
+from headrace.datasets.flowlearn.chart_picture import Picture, with_boxes
 from headrace.datasets.flowlearn.generate import Chart
 from headrace.datasets.flowlearn.mermaid import format_mermaid
-from headrace.datasets.flowlearn.render import Picture, with_boxes
 
 VERSION = "10.9.1"
 MARGIN = 8  # [px] around the drawing, as in the released pictures

@@ -4,9 +4,9 @@ import math
 
 from PIL import Image, ImageDraw, ImageFont
 
+from headrace.datasets.flowlearn.chart_picture import BORDER, FILL, INK, Picture, colour, with_boxes
 from headrace.datasets.flowlearn.generate import Chart
 from headrace.datasets.flowlearn.records import Graph, Style
-from headrace.datasets.flowlearn.render import BORDER, FILL, INK, Picture, colour, with_boxes
 
 _HEIGHT, _PAD, _ACROSS, _ALONG, _MARGIN = 34, 8, 40, 50, 8  # [px], Mermaid's spacing
 _WIDTH: dict[Style, int] = {"plain": 2, "thick": 4, "dotted": 2}

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from headrace.datasets.flowlearn.chart_picture import draw_red_box
 from headrace.datasets.flowlearn.generate import Chart, Protocol, Variant, make_chart, make_questions
 from headrace.datasets.flowlearn.records import Question
-from headrace.datasets.flowlearn.render import RendererName, draw_red_box, open_renderer
+from headrace.datasets.flowlearn.render import RendererName, open_renderer
 from headrace.datasets.flowlearn.tasks import TASKS
 
 QUESTIONS_FILE = "questions.jsonl"
