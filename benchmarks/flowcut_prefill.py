@@ -3,12 +3,12 @@
     python benchmarks/flowcut_prefill.py --shape llava --keep 32 --sharpness 1 --out llava.json
 
 Encoder CLIP-L/336 (24 blocks, width 1024, 577 tokens), language model of about 1.1 billion parameters (22 blocks,
-width 2048, 32 heads over 4 key/value heads), bfloat16. `--shape llava` reads one crop, `--shape llava-next` five of
-them, 2880 tokens. What is timed is the encoder, the projector and the reading of the whole prompt, in one process,
-methods taking turns; wall time and CPU time are given, the latter because it depends less on what else is running.
-Random weights attend almost evenly, which leaves FlowCut's adaptive schedule little to cut before its last block;
-`--sharpness` multiplies the encoder's query and key weights to give rows of attention a shape, and the entropy that
-results is reported.
+width 2048, 32 heads over 4 key/value heads), in bfloat16 where the processor multiplies it natively, else float32.
+`--shape llava` reads one crop, `--shape llava-next` five of them, 2880 tokens. What is timed is the encoder, the
+projector and the reading of the whole prompt, in one process, methods taking turns; wall time and CPU time are given,
+the latter because it depends less on what else is running. Random weights attend almost evenly, which leaves FlowCut's
+adaptive schedule little to cut before its last block; `--sharpness` multiplies the encoder's query and key weights to
+give rows of attention a shape, and the entropy that results is reported.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
+from headrace.nn.precision import resolve_precision
 from headrace.vlm.huggingface import HuggingFaceVLM
 from headrace.vlm.kv_cache import KVCache
 from headrace.vlm.prefill import read
@@ -44,7 +45,7 @@ TEXT_TOKENS = 40
 IMAGE_ID = 5
 
 
-def build(shape: str, *, sharpness: float, seed: int, layers: int) -> HuggingFaceVLM:
+def build(shape: str, *, sharpness: float, seed: int, layers: int, dtype: torch.dtype) -> HuggingFaceVLM:
     """The model with random weights, and no processor: pixels and ids are given directly."""
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
@@ -59,7 +60,7 @@ def build(shape: str, *, sharpness: float, seed: int, layers: int) -> HuggingFac
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=4, vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=True,
     )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     with no_init_weights():
         model = _model(shape, vision, text)
     torch.set_default_dtype(torch.float32)
@@ -85,7 +86,7 @@ def _model(shape: str, vision: CLIPVisionConfig, text: LlamaConfig) -> Any:
 @torch.no_grad()
 def _fill(model: Any, seed: int) -> None:
     """Normal weights of the usual size, cut from one long draw: a billion draws would take longer than the timing."""
-    draw = torch.randn(5_000_011, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    draw = torch.randn(5_000_011, generator=torch.Generator().manual_seed(seed))
     for parameter in model.parameters():
         if parameter.ndim < 2:
             parameter.fill_(1.0 if parameter.ndim else 0.0)
@@ -97,12 +98,12 @@ def _fill(model: Any, seed: int) -> None:
             parameter.zero_()
 
 
-def inputs_of(shape: str, seed: int) -> dict[str, torch.Tensor]:
+def inputs_of(shape: str, seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """A picture with structure: smooth noise, so that patches differ."""
     generator = torch.Generator().manual_seed(seed)
     crops = 1 if shape == "llava" else 5
     coarse = torch.randn(crops, 3, 12, 12, generator=generator)
-    pixels = torch.nn.functional.interpolate(coarse, size=(336, 336), mode="bicubic").bfloat16()
+    pixels = torch.nn.functional.interpolate(coarse, size=(336, 336), mode="bicubic").to(dtype)
     if shape == "llava":
         return {"pixel_values": pixels}
     return {"pixel_values": pixels[None], "image_sizes": torch.tensor([[672, 672]])}
@@ -161,14 +162,20 @@ def main() -> None:
     parser.add_argument("--sharpness", type=float, default=1.0)
     parser.add_argument("--layers", type=int, default=22, help="blocks of the language model")
     parser.add_argument("--methods", nargs="+", default=["flowcut"])
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    vlm = build(arguments.shape, sharpness=arguments.sharpness, seed=arguments.seed, layers=arguments.layers)
-    inputs = inputs_of(arguments.shape, arguments.seed)
+    arguments.precision = resolve_precision(arguments.precision, "cpu")
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    vlm = build(
+        arguments.shape, sharpness=arguments.sharpness, seed=arguments.seed, layers=arguments.layers, dtype=dtype
+    )
+    inputs = inputs_of(arguments.shape, arguments.seed, dtype)
     with torch.no_grad():
         visual = len(vlm._features(inputs, video=False))
     ids = torch.randint(10, 32000, (TEXT_TOKENS + visual,), generator=torch.Generator().manual_seed(1))
@@ -188,7 +195,7 @@ def main() -> None:
     facts |= encoder_facts(vlm, inputs, methods["flowcut"]) if "flowcut" in methods else {}
     runs: dict[str, dict[str, list[float]]] = {n: {"wall": [], "cpu": [], "scoring_cpu": []} for n in methods}
     kept: dict[str, int] = {}
-    for turn in range(arguments.rounds + 1):  # the first round warms up
+    for turn in range(-arguments.warmup, arguments.rounds):
         for name, pruning in methods.items():
             with Stopwatch() as watch:
                 start, cpu = time.perf_counter(), time.process_time()
@@ -196,8 +203,8 @@ def main() -> None:
                 took = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
             kept[name] = vlm.record.visual_after
             for kind, value in (took | {"scoring_cpu": watch.seconds}).items():
-                runs[name][kind] += [value] * (turn > 0)
-        if turn:
+                runs[name][kind] += [value] * (turn >= 0)
+        if turn >= 0:
             arguments.out.write_text(json.dumps(facts | summary(runs, kept), indent=2) + "\n")
     print(json.dumps(facts | summary(runs, kept), indent=1))
 

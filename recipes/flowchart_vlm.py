@@ -90,7 +90,7 @@ def build(recipe: Recipe) -> VideoLanguageModel:
         "intermediate_size": 3 * recipe.text_width, "num_hidden_layers": recipe.text_layers,
         "num_attention_heads": recipe.text_width // 48, "num_key_value_heads": recipe.text_width // 48,
         "max_position_embeddings": 2048, "tie_word_embeddings": True, "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "rope_theta": 1e6, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     stem = StemConfig(widths=recipe.stem, blocks=recipe.stem_blocks)
     vit = {"img_size": recipe.size, "patch_size": stem.patch, "embed_dim": recipe.width, "depth": recipe.vision_layers,
@@ -104,6 +104,9 @@ def build(recipe: Recipe) -> VideoLanguageModel:
     )  # fmt: skip
     model = VideoLanguageModel(config)
     model.tokenizer = tokenizer
+    with torch.no_grad():  # like looks at like from the first step on: a question's letter finds the box of that letter
+        for layer in model.language.base_model.layers:
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight.mul_(3))
     return model
 
 
@@ -202,8 +205,11 @@ class Training(nn.Module):
         self.concepts = nn.Linear(CONCEPTS, model.language.config.hidden_size)
         nn.init.normal_(self.concepts.weight, std=0.3)
         letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
-        with torch.no_grad():  # a box's letter looks like the letter in a question, so that one finds the other
-            self.concepts.weight[:, : len(LETTERS)] = 30 * model.language.get_input_embeddings().weight[letters].T
+        with torch.no_grad():  # a box's letter looks like the letter in a question; its neighbours' are turned copies
+            written = 30 * model.language.get_input_embeddings().weight[letters].T
+            for part in range(3):
+                turn = torch.linalg.qr(torch.randn(len(written), len(written)))[0] if part else torch.eye(len(written))
+                self.concepts.weight[:, part * len(LETTERS) : (part + 1) * len(LETTERS)] = turn @ written
 
     def language_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy of answers from stated facts."""

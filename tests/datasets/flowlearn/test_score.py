@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,24 @@ PRINTED = {
 
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="the released predictions are not here")
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+@pytest.mark.parametrize("answer", ["\n" * 4000, "9" * 5000, "A(" * 2000, "x --" * 1000, "a points to " * 300])
+def test_a_model_that_loops_costs_little_and_is_counted(task, answer):
+    start = time.process_time()
+    assert score_answer(task, answer, "").score < 0.1 and score_answer(task, answer, TEXT).score < 0.1
+    assert time.process_time() - start < 2.0
+
+
+def test_a_byte_order_mark_is_read_and_a_name_twice_is_refused(tmp_path):
+    row = '"a.jpeg": {"prediction": "4", "reference": "4"}'
+    file = tmp_path / "marked.json"
+    file.write_text("{" + row + "}", encoding="utf-8-sig")
+    assert read_predictions(file)[0].answer == "4"
+    file.write_text("{" + row + ", " + row + "}")
+    with pytest.raises(ValueError, match="twice"):
+        read_predictions(file)
+
+
 @pytest.mark.parametrize("name", PRINTED)
 def test_released_predictions_give_the_printed_figures(name):
     path = RELEASED / f"{name}_2-shot.json"

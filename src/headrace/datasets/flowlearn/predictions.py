@@ -36,6 +36,14 @@ def _flatten(value: Any) -> list[Any]:
     return [x for item in value for x in _flatten(item)] if isinstance(value, list) else [value]
 
 
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return found
+
+
 def read_predictions(path: Path) -> list[Prediction]:
     """Read a released prediction file, in its order. A row without an answer is kept as an empty answer.
 
@@ -46,9 +54,13 @@ def read_predictions(path: Path) -> list[Prediction]:
     if not path.is_file():
         raise FileNotFoundError(f"no predictions file {path}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_twins)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); wanted an object: picture name to prediction") from error
+    except KeyError as error:
+        raise ValueError(
+            f"{path} names {error} twice, so that one answer would be lost; give each its own name"
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__}; wanted an object: picture name to prediction")
     rows = []

@@ -12,7 +12,7 @@ from typing import NamedTuple
 _SHAPE = r"[\(\[\{]+\"?([^\)\]\}\n]*?)\"?[\)\]\}]+"
 _DECLARED = re.compile(rf"(\w+)\s*{_SHAPE}\s*;?")
 _LINKED = re.compile(rf"(\w+)(?:\s*{_SHAPE})?\s*(?:<?)[-=.]{{2,}}(?:>?)(?:\s*\|[^|]*\|)?\s*(\w+)(?:\s*{_SHAPE})?")
-_SENTENCE = re.compile(r"([^.]+?)\s+points to\s+([^.]+)\.?", re.I)
+_POINTS = re.compile(r"(?<=\s)points to(?=\s)", re.I)
 
 
 class Read(NamedTuple):
@@ -43,4 +43,11 @@ def read_mermaid(text: str) -> Read:
 def read_sentences(text: str) -> set[tuple[str, str]]:
     """Pairs (X, Y) of the sentences `X points to Y.`; a full stop is the only end of a sentence."""
     text = re.sub(r"(?i)^\s*the answer is\s+", "", text)
-    return {(a.strip().lower(), b.strip().lower()) for a, b in _SENTENCE.findall(text)}
+    found = set()
+    for sentence in text.split("."):
+        for verb in _POINTS.finditer(sentence):
+            source, target = sentence[: verb.start()], sentence[verb.end() :]
+            if len(source) > 1 and len(target) > 1:  # more than the blank beside the verb
+                found.add((source.strip().lower(), target.strip().lower()))
+                break
+    return found

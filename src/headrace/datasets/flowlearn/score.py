@@ -68,7 +68,9 @@ def read_count(text: str, profile: Profile = "paper") -> str:
     if profile == "lenient":
         text = re.sub(r"[a-z]+", lambda m: _NUMBER_WORDS.get(m[0], m[0]), text.lower())
     match = re.search(r"\d+", text)
-    return str(int(match[0])) if match else ""
+    if match is None:
+        return ""
+    return str(int(match[0])) if len(match[0]) < 20 else match[0]  # Python refuses to convert thousands of digits
 
 
 def read_truth(text: str, profile: Profile = "paper") -> str:
@@ -109,7 +111,7 @@ def edit_similarity(a: str, b: str) -> float:
 
 def _score_count(answer: str, reference: str, profile: Profile) -> Verdict:
     got, want = read_count(answer, profile), read_count(reference)
-    error = abs(int(got) - int(want)) if got and want else None
+    error = abs(int(got) - int(want)) if got and want and max(len(got), len(want)) < 20 else None
     return Verdict(float(bool(got) and got == want), bool(got), got, {"within_one": float(error in (0, 1))})
 
 
@@ -122,30 +124,32 @@ def _score_mermaid(answer: str, reference: str, profile: Profile) -> Verdict:
     graph, wanted = parse_mermaid(answer).graph, parse_mermaid(reference).graph
     grammar = Read(graph.label_set(), graph.link_set()), Read(wanted.label_set(), wanted.link_set())
     got, want = grammar if profile == "lenient" else (read_mermaid(answer), read_mermaid(reference))
-    nodes, links = _f1_or_zero(got.nodes, want.nodes), _f1_or_zero(got.links, want.links, empty=not got.nodes)
+    nodes, links = _said_f1(got.nodes, want.nodes, bool(got.nodes)), _said_f1(got.links, want.links, bool(got.nodes))
+    undirected = [{frozenset(pair) for pair in read.links} for read in (got, want)]
+    declared = bool(grammar[0].nodes)
     parts = {
         "node_f1": nodes,
         "link_f1": links,
-        "undirected_link_f1": _f1_or_zero({frozenset(p) for p in got.links}, {frozenset(p) for p in want.links}),
-        "grammar_node_f1": _f1_or_zero(grammar[0].nodes, grammar[1].nodes),
-        "grammar_link_f1": _f1_or_zero(grammar[0].links, grammar[1].links, empty=not grammar[0].nodes),
+        "undirected_link_f1": _said_f1(undirected[0], undirected[1], bool(got.nodes)),
+        "grammar_node_f1": _said_f1(grammar[0].nodes, grammar[1].nodes, declared),
+        "grammar_link_f1": _said_f1(grammar[0].links, grammar[1].links, declared),
     }
     return Verdict(nodes, bool(got.nodes or got.links), f"{len(got.nodes)} nodes, {len(got.links)} links", parts)
 
 
-def _f1_or_zero(got: set[Any], want: set[Any], *, empty: bool | None = None) -> float:
-    """F1, but 0 for an answer that says nothing at all (by default: an empty set)."""
-    return 0.0 if (not got and want if empty is None else empty and not got) else f1(got, want)
+def _said_f1(got: set[Any], want: set[Any], said: bool) -> float:
+    """F1, but 0 for an answer that says nothing at all, even where nothing is what is wanted."""
+    return f1(got, want) if said else 0.0
 
 
 def _score_description(answer: str, reference: str, profile: Profile) -> Verdict:
     read = read_lines if profile == "lenient" else read_sentences
-    got, want = read(answer), read(reference)
+    got, want, lines = read(answer), read(reference), read_lines(answer)
     parts = {
         "rouge_l": rouge_l(answer, reference),
-        "by_line_f1": _f1_or_zero(read_lines(answer), read_lines(reference)),
+        "by_line_f1": _said_f1(lines, read_lines(reference), bool(lines)),
     }
-    return Verdict(_f1_or_zero(got, want), bool(got), f"{len(got)} sentences", parts)
+    return Verdict(_said_f1(got, want, bool(got)), bool(got), f"{len(got)} sentences", parts)
 
 
 def _score_caption(answer: str, reference: str, _: Profile) -> Verdict:
