@@ -102,6 +102,25 @@ def test_frames_are_the_ones_asked_for_at_one_size(source, decode):
         corpus.read(2, [4])
 
 
+@pytest.mark.parametrize("decode", ["cache", "stream"])
+def test_a_window_is_a_part_of_the_same_pictures(tmp_path, decode):
+    """A picture that brightens to the right by 4 a pixel: the right half's left edge is as bright as the middle."""
+    with av.open(str(tmp_path / "ramp.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        ramp = np.broadcast_to(np.arange(64)[None, :, None] * 4, (64, 64, 3)).astype(np.uint8)
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(ramp))))
+        container.mux(stream.encode())
+    sources = [video_folder(tmp_path, name="ramp", cache=tmp_path / "cache")]
+    corpus = VideoClips(sources, image_size=16, decode=decode, cache=tmp_path / "cache", window=(0.5, 0.25, 0.5))
+    pictures = corpus.read(0, [2, 0])
+    assert pictures.shape == (2, 16, 16, 3)
+    np.testing.assert_allclose(pictures.mean((0, 1, 3)), 130 + 8 * np.arange(16), atol=4)
+    with pytest.raises(ValueError, match="lies inside it"):
+        VideoClips(sources, image_size=16, window=(0.6, 0.0, 0.5))
+
+
 def test_a_rate_gives_each_video_its_stride(folder):
     with pytest.warns(UserWarning):
         source = video_folder(folder, rate=5.0)

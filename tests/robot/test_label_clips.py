@@ -1,5 +1,7 @@
 """Labels of a corpus: the right transition in the right place, whole parts, and no mixing of models."""
 
+from dataclasses import replace
+
 import av
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from headrace.datasets.latent_labels import LatentLabels, part_path
 from headrace.datasets.video_clips import VideoClips
 from headrace.datasets.video_source import video_folder
 from headrace.robot.label_clips import LatentActionLabeler, model_hash
+from headrace.robot.label_cluster import LabelJob
 from headrace.robot.label_run import label_corpus
 from headrace.robot.latent_action import LatentActionModel
 from headrace.robot.latent_action_config import LatentActionConfig
@@ -97,6 +100,29 @@ def test_another_model_or_other_settings_are_refused(model, corpus, tmp_path):
         label_corpus(LatentActionLabeler(model, horizon=4), corpus, tmp_path, name="lam")
     with pytest.raises(ValueError, match="not by the model named in the config"):
         LatentLabels(tmp_path, lam_hash=model_hash(other))
+
+
+def test_videos_of_another_rate_are_refused_unless_named(corpus, tmp_path):
+    config = replace(new_model().config, fps=5.0)
+    LatentActionModel(config).save_pretrained(tmp_path / "lam")
+    folder = str(corpus.sources[0].folder)
+    job = {"model": tmp_path / "lam", "data": (folder,)}
+    with pytest.raises(ValueError, match=r"5 steps a second, .* has 10; choose a --stride"):
+        LabelJob(**job, strides=(1,)).open()
+    assert len(LabelJob(**job, strides=(2,)).open()[1]) == len(
+        LabelJob(**job, strides=(1,), override=("rate",)).open()[1]
+    )
+    with pytest.raises(ValueError, match="only 'rate' can be overridden"):
+        LabelJob(**job, strides=(1,), override=("speed",))
+
+
+def test_a_window_of_the_pictures_is_labelled_as_it_was_learned(corpus, tmp_path):
+    config = replace(new_model().config, window=(0.0, 0.5, 0.5))
+    LatentActionModel(config).save_pretrained(tmp_path / "lam")
+    labeler, cut = LabelJob(model=tmp_path / "lam", data=(str(corpus.sources[0].folder),), strides=(1,)).open()
+    assert cut.window == labeler.model.config.window == (0.0, 0.5, 0.5)
+    with pytest.raises(ValueError, match="the corpus gives None"):
+        label_corpus(labeler, corpus, tmp_path / "labels", name="lam")
 
 
 def test_damaged_videos_are_left_out_and_counted(model, corpus, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from headrace.cli.main import main
 from headrace.sim.agreement import compare, mean_maximum_rank_violation, pearson, read_rates, variant_aggregate
 
 # Published rates of RT-1-X, Octo-Base, Octo-Small (arXiv 2405.05941), simulated and real, and what the paper derives.
@@ -70,3 +71,24 @@ def test_variants_are_averaged_and_left_out_ones_refused():
     assert variant_aggregate({"base": 0.2, "background 1": 0.4, "lighting darker": 0.6}) == pytest.approx(0.4)
     with pytest.raises(ValueError, match="camera"):
         variant_aggregate({"base": 0.2, "camera left": 0.4})
+
+
+def test_the_command_reads_runs_and_published_rates(tmp_path, capsys):
+    """Two runs of `headrace rollout` and a file of real rates, which the second policy leads by 0.3."""
+    for policy, rates in {"ours": (0.6, 0.5), "theirs": (0.4, 0.1)}.items():
+        rows = [{"task": task, "success_rate": rate} for task, rate in zip(("spoon", "stack"), rates, strict=True)]
+        (tmp_path / f"{policy}.json").write_text(json.dumps({"policy": policy, "tasks": rows}))
+    real = {"spoon": {"ours": 0.2, "theirs": 0.5}, "stack": {"ours": 0.3, "theirs": 0.0}}
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    runs = [str(tmp_path / "ours.json"), str(tmp_path / "theirs.json")]
+    assert main(["agreement", "--simulated", *runs, "--real", str(tmp_path / "real.json")]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "| spoon | ours, theirs | 0.300 | -1.000 |" in printed and "| stack | ours, theirs | 0.000 | 1.000 |" in printed
+    )
+    assert "| mean | | 0.150 | 0.000 |" in printed
+    assert main(["agreement", "--simulated", runs[0], runs[0], "--real", str(tmp_path / "real.json")]) == 2
+    assert "ours is given twice" in capsys.readouterr().err
+    (tmp_path / "broken.json").write_text("{")
+    assert main(["agreement", "--simulated", str(tmp_path / "broken.json"), "--real", runs[0]]) == 2
+    assert "not JSON" in capsys.readouterr().err

@@ -20,6 +20,7 @@ def label(
     decode: Literal["cache", "stream"] = "stream",
     device: str = "cpu",
     ray_workers: int = 0,
+    override: tuple[str, ...] = (),
 ) -> int:
     """Label videos with a latent action model; run again after a kill to go on.
 
@@ -37,6 +38,7 @@ def label(
         decode: On demand, or once into the frame cache.
         device: Where the model runs.
         ray_workers: Above 0, label on a Ray cluster with this many workers (extra `cluster`).
+        override: `rate` to label videos of another rate than the model was trained on.
     """
     from headrace.robot.label_cluster import LabelJob, label_on_ray
     from headrace.robot.label_run import label_corpus
@@ -52,6 +54,7 @@ def label(
         rows_per_part=rows_per_part,
         decode=decode,
         device=device,
+        override=override,
     )
     if ray_workers and shard != (0, 1):
         raise ValueError("give --shard or --ray-workers, not both: Ray shares out the parts itself")

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drive": ("headrace.cli.drive:drive", "run a policy on an arm, on a mock arm, or on a recording"),
     "videos": ("headrace.cli.videos:videos", "render videos without actions, of several tasks and robots"),
     "label": ("headrace.cli.label:label", "latent-action chunks for every frame of a corpus of videos"),
+    "agreement": ("headrace.cli.agreement:agreement", "rank violation and correlation of simulated and real success"),
     "tasks": ("headrace.cli.tasks:tasks", "list what can be rolled out here"),
     "doctor": ("headrace.cli.doctor:doctor", "say what this machine has and what to do about the rest"),
     "flowlearn score": ("headrace.cli.flowlearn:score", "score predictions in the layout that FlowLearn released"),

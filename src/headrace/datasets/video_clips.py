@@ -19,6 +19,8 @@ from headrace.datasets.video_scan import BadVideo
 from headrace.datasets.video_source import Video, VideoSource
 
 Decode = Literal["cache", "stream"]
+Window = tuple[float, float, float]
+"""A square part of a picture: its left and top edge and its side, as shares of the picture's."""
 
 
 class ClipBatch(NamedTuple):
@@ -48,9 +50,11 @@ class VideoClips:
         decode: `cache` decodes each file once into an array on disk (`headrace.datasets.frame_cache`), right for
             corpora read many times; `stream` decodes what is asked for, right for corpora that would not fit.
         cache: Folder of the frame cache; None for `$HEADRACE_CACHE` or the user's cache folder.
+        window: The part of every picture that is kept, (0.25, 0.25, 0.5) for its middle; None for all of it. What is
+            kept has `image_size`.
 
     Raises:
-        ValueError: No source, or two of one name.
+        ValueError: No source, two of one name, or a window that leaves the picture.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class VideoClips:
         image_size: int | Size,
         decode: Decode = "cache",
         cache: Path | None = None,
+        window: Window | None = None,
     ) -> None:
         if not sources:
             raise ValueError("a corpus needs at least one source of videos")
@@ -71,6 +76,8 @@ class VideoClips:
         self.sources = tuple(sources)
         self.size: Size = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.decode, self._cache = decode, cache or default_cache()
+        self.window = window
+        self._decoded, self._cut = _cut_of(self.size, window)
         self.counts = np.array([len(source.videos) for source in sources])
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self.lengths = np.array([video.length for source in sources for video in source.videos])
@@ -123,8 +130,8 @@ class VideoClips:
         if not len(frames) or frames.min() < 0 or frames.max() >= video.length:
             raise ValueError(f"{video.name} has frames 0 to {video.length - 1}, asked for {frames.tolist()}")
         if self.decode == "stream" and video.column is None:
-            return read_frames(video.path, source.scans[video.path], video.first + frames, self.size)
-        return self._whole(source, video).pictures[video.first + frames]
+            return read_frames(video.path, source.scans[video.path], video.first + frames, self._decoded)[self._cut]
+        return self._whole(source, video).pictures[self._cut][video.first + frames]
 
     def clips(self, videos: np.ndarray, starts: np.ndarray, frames: int) -> ClipBatch:
         """Clips by video number and first frame, at each source's stride; past a video's end its last frame repeats.
@@ -156,9 +163,9 @@ class VideoClips:
                 return self._files[key]
         try:
             if video.column is not None:
-                found = column_frames(video.path, video.column, self.size, self._cache)
+                found = column_frames(video.path, video.column, self._decoded, self._cache)
             else:
-                found = video_frames(video.path, self.size, self._cache)
+                found = video_frames(video.path, self._decoded, self._cache)
         except ValueError as error:
             raise BadVideo("corrupt", str(error)) from error
         stored = len(source.scans[video.path].times) if video.column is None else video.first + video.length
@@ -251,3 +258,27 @@ class ClipBatches:
                     stacklevel=2,
                 )
         raise BadVideo("corrupt", f"100 videos in a row could not be read; {len(self.damaged)} are damaged")
+
+
+def check_window(window: Window | None) -> None:
+    """Refuse a window that leaves the picture.
+
+    Raises:
+        ValueError: Says what a window is.
+    """
+    if window is None:
+        return
+    left, top, side = window
+    if not (side > 0 and left >= 0 and top >= 0 and left + side <= 1 + 1e-9 and top + side <= 1 + 1e-9):
+        raise ValueError(f"a window is left, top and side as shares of the picture and lies inside it, got {window}")
+
+
+def _cut_of(size: Size, window: Window | None) -> tuple[Size, tuple[slice, slice, slice]]:
+    """The size [px] that whole pictures are decoded at, and the part of (T, H, W) arrays of them that is kept."""
+    check_window(window)
+    if window is None:
+        return size, (slice(None), slice(None), slice(None))
+    left, top, side = window
+    whole = (round(size[0] / side), round(size[1] / side))
+    row, column = (min(round(at * all_), all_ - kept) for at, all_, kept in zip((top, left), whole, size, strict=True))
+    return whole, (slice(None), slice(row, row + size[0]), slice(column, column + size[1]))

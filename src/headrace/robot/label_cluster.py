@@ -12,7 +12,7 @@ from headrace.datasets.latent_labels import part_path
 from headrace.datasets.video_clips import Decode, VideoClips
 from headrace.datasets.video_source import VideoSource, open_source
 from headrace.robot.label_clips import LatentActionLabeler
-from headrace.robot.label_run import LabelRun, begin_labels, label_part, missing_parts, plan_labels
+from headrace.robot.label_run import LabelRun, begin_labels, label_part, missing_parts, plan_labels, require_rate
 from headrace.robot.latent_action import LatentActionModel
 
 
@@ -28,6 +28,7 @@ class LabelJob:
         rows_per_part: Frames per Parquet file, about.
         decode: As in `VideoClips`.
         device: Where the model runs.
+        override: Differences from the model's training that are meant; `rate` is the one there is.
     """
 
     model: Path
@@ -40,8 +41,11 @@ class LabelJob:
     rows_per_part: int = 50_000
     decode: Decode = "stream"
     device: str = "cpu"
+    override: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if set(self.override) - {"rate"}:
+            raise ValueError(f"only 'rate' can be overridden, got {', '.join(self.override)}")
         if not self.data or len(self.strides) != len(self.data):
             raise ValueError(f"{len(self.data)} folders of videos need as many strides, got {self.strides}")
 
@@ -50,12 +54,20 @@ class LabelJob:
         return [open_source(path, stride=stride) for path, stride in zip(self.data, self.strides, strict=True)]
 
     def open(self) -> tuple[LatentActionLabeler, VideoClips]:
-        """Load the model and open the corpus."""
+        """Load the model and open the corpus.
+
+        Raises:
+            ValueError: The videos have another rate than the model was trained on, and that is not overridden.
+        """
         model = LatentActionModel.from_pretrained(self.model).to(self.device)
         labeler = LatentActionLabeler(
             model, horizon=self.horizon, history=self.history, batch_size=self.batch_size, every=self.every
         )
-        return labeler, VideoClips(self.sources(), image_size=model.config.image_size, decode=self.decode)
+        config = model.config
+        corpus = VideoClips(self.sources(), image_size=config.image_size, decode=self.decode, window=config.window)
+        if "rate" not in self.override:
+            require_rate(config.fps, corpus)
+        return labeler, corpus
 
 
 class LabelWorker:

@@ -58,11 +58,13 @@ def plan_labels(labeler: LatentActionLabeler, corpus: VideoClips, *, name: str, 
         rows_per_part: At least 1.
 
     Raises:
-        ValueError: The corpus has another picture size than the model, or `rows_per_part` is below 1.
+        ValueError: The corpus has another picture size or window than the model, or `rows_per_part` is below 1.
     """
     config = labeler.model.config
     if corpus.size != (config.image_size, config.image_size):
         raise ValueError(f"the model sees frames of {config.image_size} px, the corpus gives {corpus.size}")
+    if corpus.window != config.window:
+        raise ValueError(f"the model sees the window {config.window} of pictures, the corpus gives {corpus.window}")
     if rows_per_part < 1:
         raise ValueError(f"rows_per_part must be at least 1, got {rows_per_part}")
     begun = (np.cumsum(corpus.lengths) - corpus.lengths) // rows_per_part
@@ -85,6 +87,24 @@ def plan_labels(labeler: LatentActionLabeler, corpus: VideoClips, *, name: str, 
         sources=sources,
     )
     return LabelPlan(header=header, parts=tuple(zip(firsts.tolist(), ends.tolist(), strict=True)))
+
+
+def require_rate(fps: float | None, corpus: VideoClips) -> None:
+    """Refuse videos whose steps take another time than those the model learned: its codes would name other motions.
+
+    Args:
+        fps: Steps a second that the model was trained on [Hz]; None if it was trained on several rates.
+        corpus: Whose sources' rates, after the stride, must be within 2 % of it.
+
+    Raises:
+        ValueError: Names the source, both rates, and the way out.
+    """
+    for source in corpus.sources:
+        if fps is not None and source.rate is not None and abs(source.rate / fps - 1) > 0.02:
+            raise ValueError(
+                f"the model was trained on {fps:g} steps a second, {source.name} has {source.rate:g}; choose a "
+                "--stride that gives the same, or name the difference: --override rate"
+            )
 
 
 def begin_labels(folder: Path, header: LabelHeader) -> None:

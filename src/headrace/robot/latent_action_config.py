@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from headrace.datasets.video_clips import check_window
 from headrace.nn.patches import patch_grid
 from headrace.nn.quantizers.finite_scalar import FiniteScalarConfig
 from headrace.nn.quantizers.noise_substitution import NoiseSubstitutionConfig
@@ -28,6 +29,7 @@ class LatentActionConfig:
 
     Attributes:
         image_size: Side of the frames [px].
+        window: Left, top and side of the part of each picture that the frames show, as shares of it; None for all.
         frames: Frames of a training clip; other lengths run as well.
         features: The network that looks at single frames.
         encoder: Blocks over the clip's features; not causal.
@@ -44,6 +46,7 @@ class LatentActionConfig:
     """
 
     image_size: int = 224
+    window: tuple[float, float, float] | None = None
     frames: int = 8
     features: FrameFeaturesConfig = field(default_factory=FrameFeaturesConfig)
     encoder: SpatiotemporalConfig = field(default_factory=_encoder)
@@ -61,6 +64,7 @@ class LatentActionConfig:
 
     def __post_init__(self) -> None:
         patch_grid(self.image_size, self.image_size, self.features.patch)
+        check_window(self.window)
         if self.frames < 2:
             raise ValueError(f"a clip needs at least 2 frames, got {self.frames}")
         if self.tokens < 1 or self.history_offset < 1:

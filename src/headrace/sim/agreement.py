@@ -92,18 +92,40 @@ def compare(simulated: Rates, real: Rates) -> list[Agreement]:
 
 
 def read_rates(path: Path) -> dict[str, dict[str, float]]:
-    """Read a results file: JSON, `{task: {policy: rate}}`.
+    """Read success rates: JSON `{task: {policy: rate}}`, or the results.json of `headrace rollout`, one policy's.
 
     Raises:
+        FileNotFoundError: No such file.
         ValueError: The file has another form; says where.
     """
-    data = json.loads(path.read_text())
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path}: wanted an object {{task: {{policy: rate}}}}, got {type(data).__name__}")
+    if isinstance(data.get("tasks"), list) and "policy" in data:
+        return {row["task"]: {data["policy"]: row["success_rate"]} for row in data["tasks"]}
     for task, row in data.items():
         if not isinstance(row, dict) or not all(isinstance(rate, int | float) for rate in row.values()):
             raise ValueError(f"{path}: {task!r} must map policy names to numbers in 0..1, got {str(row)[:60]!r}")
     return data
+
+
+def merge_rates(files: Sequence[Rates]) -> dict[str, dict[str, float]]:
+    """Rates of several files as one.
+
+    Raises:
+        ValueError: Two files give the same policy on the same task.
+    """
+    merged: dict[str, dict[str, float]] = {}
+    for rates in files:
+        for task, row in rates.items():
+            twice = merged.setdefault(task, {}).keys() & row.keys()
+            if twice:
+                raise ValueError(f"{task}: {', '.join(sorted(twice))} is given twice; leave one of the files out")
+            merged[task] |= row
+    return merged
 
 
 def variant_aggregate(rates: Mapping[str, float]) -> float:
