@@ -78,13 +78,14 @@ def mini(
     *,
     out: Path,
     books: Literal["dual", "semantic", "pixel"] = "dual",
-    steps: int = 400,
+    steps: int = 1600,
     horizon: int = 0,
-    batch_size: int = 8,
+    batch_size: int = 4,
     lr: float = 1e-3,
-    pixel_weight: float = 5.0,
+    pixel_weight: float = 20.0,
     book_factor: float = 5.0,
-    pool: int = 2048,
+    recolour: float = 0.8,
+    pool: int = 3072,
     seed: int = 0,
     resume: bool = False,
 ) -> int:
@@ -100,6 +101,7 @@ def mini(
         lr: Learning rate; ten times the published one, because the run is a thousand times shorter.
         pixel_weight: Weight of the mean squared error; at the published 1 it stays behind the perceptual term.
         book_factor: Codebooks learn this many times faster, and so follow the encoders.
+        recolour: Share of the photographs' crops that come in other colours: half of the photographs are grey.
         pool: Pictures; their teacher's features stay in memory.
         seed: Of weights, order and scale drop; the pictures are the same for every seed.
         resume: Go on with the run.
@@ -116,6 +118,7 @@ def mini(
         tower_factor=0,  # the tower has its teacher's weights already, and 20 minutes would not improve it
         book_factor=book_factor,
         pool=pool,
+        recolour=recolour,
         adversarial_start=10**9,  # a critic needs longer than this run
         scale_drop=0.1,
         distance_weights={"dual": (1.0, 1.0), "semantic": (1.0, 1e-4), "pixel": (1e-4, 1.0)}[books],

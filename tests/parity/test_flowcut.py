@@ -43,12 +43,23 @@ def injected_evidence(tensors, layer, images, kept):
     return Evidence(normalised(row), normalised(similar), token_density(mean_value[:, None]))
 
 
-@pytest.mark.parametrize("which", ["batch", "img0", "img1"])
-def test_injected_schedule(golden, which):
+def runs(tensors, prefix):
+    """Budgets of the set with what ran under each: `batch`, or one picture alone, such as `img0`."""
+    budgets = [name for name in groups(tensors, prefix) if name.startswith("T")]
+    found = [(int(budget[1:]), which) for budget in budgets for which in groups(tensors, f"{prefix}{budget}/")]
+    assert found
+    return found
+
+
+def rows_of(which):
+    return slice(None) if which == "batch" else slice(int(which[3:]), int(which[3:]) + 1)
+
+
+def test_injected_schedule(golden):
     config, tensors = golden
     layers, total = config["L"], tensors["inj/in/semantic"].shape[-1]
-    images = slice(None) if which == "batch" else slice(int(which[3:]), int(which[3:]) + 1)
-    for budget in (int(name[1:]) for name in groups(tensors, "inj/out/")):
+    for budget, which in runs(tensors, "inj/out/"):
+        images = rows_of(which)
         place = f"inj/out/T{budget}/{which}"
         trace = FlowCutTrace.start(tensors["inj/in/semantic"][0, images].shape[0], total - 1)
         rule = FlowCutConfig(budget=Budget(tokens=budget), history=config["beta"], batch_rule="max")
@@ -130,15 +141,11 @@ def run_tower(tower, pixels, config, budget, rule):
     return states, states[layer][:, 1:], cut.report
 
 
-@pytest.mark.parametrize("which", ["batch", "img0", "img1"])
-def test_clip_keeps_the_official_tokens(golden, tower, which):
+def test_clip_keeps_the_official_tokens(golden, tower):
     config, tensors = golden
-    pixels = tensors["clip/in/pixel_values"]
-    pixels = pixels if which == "batch" else pixels[int(which[3:])][None]
-    for budget in (int(name[1:]) for name in groups(tensors, "clip/out/") if name.startswith("T")):
+    for budget, which in runs(tensors, "clip/out/"):
         place = f"clip/out/T{budget}/{which}"
-        if f"{place}/kept_final" not in tensors:
-            continue
+        pixels = tensors["clip/in/pixel_values"][rows_of(which)]
         states, feature, report = run_tower(tower, pixels, config, budget, "max")
         assert torch.equal(torch.tensor(report.kept), tensors[f"{place}/kept_final"])
         torch.testing.assert_close(feature, tensors[f"{place}/feature"], rtol=1e-4, atol=1e-4)

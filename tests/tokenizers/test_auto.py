@@ -2,8 +2,9 @@ import json
 from importlib import import_module
 
 import pytest
+import torch
 
-from headrace.tokenizers.auto import TOKENIZERS, load_tokenizer, new_tokenizer, tokenizer_class
+from headrace.tokenizers.auto import RELEASE_FILES, TOKENIZERS, load_tokenizer, new_tokenizer, tokenizer_class
 from headrace.tokenizers.base import Tokenizer
 
 
@@ -32,3 +33,20 @@ def test_a_folder_of_another_model_is_refused(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_file_of_a_release_needs_its_family(tmp_path):
+    file = tmp_path / "weights.pt"
+    torch.save({"model": {"a.weight": torch.zeros(1)}}, file)
+    with pytest.raises(ValueError, match="no TokenFlow checkpoint"):  # so it was read as one
+        load_tokenizer(f"tokenflow:{file}")
+    with pytest.raises(ValueError, match=rf"is a file.*tokenflow:{file}"):
+        load_tokenizer(file)
+    with pytest.raises(ValueError, match="did you mean 'tokenflow'"):
+        load_tokenizer(f"tokenflo:{file}")
+
+
+@pytest.mark.parametrize("family", RELEASE_FILES)
+def test_every_importer_exists(family):
+    module, attribute = RELEASE_FILES[family].split(":")
+    assert callable(getattr(import_module(module), attribute)) and family in TOKENIZERS

@@ -228,6 +228,18 @@ def test_official_files_of_another_variant_are_named(model, tmp_path):
         load_official(tmp_path / "none.pt")
 
 
+def test_an_official_file_that_is_not_whole_names_what_is_missing(model):
+    whole = export_official(model)
+    for lost in ("encoder_vqkd.class_embedding", "encoder_vqkd.positional_embedding"):
+        state = {name: value for name, value in whole.items() if name != lost}
+        with pytest.raises(ValueError, match=r"not whole: its clip tower lacks"):
+            from_official(state, model.config)
+    with pytest.raises(ValueError, match=r"'stem\.weight' is no weight of this tower"):
+        from_official(whole | {"encoder_vqkd.stem.weight": torch.zeros(1)}, model.config)
+    with pytest.raises(ValueError, match=r"not whole.*decoder\.norm_out"):
+        official_variant({name: value for name, value in whole.items() if not name.startswith("decoder.")})
+
+
 class Trap:
     """Leaves a file behind when a full unpickler makes it."""
 

@@ -60,13 +60,17 @@ class FolderPictures:
 class BuiltInPictures:
     """Crops of scikit-image's photographs, rendered shapes, or both in turn; no files, no network."""
 
-    def __init__(self, name: str, preprocessing: Preprocessing, *, part: Part, count: int, seed: int) -> None:
+    def __init__(
+        self, name: str, preprocessing: Preprocessing, *, part: Part, count: int, seed: int, recolour: float = 0.0
+    ) -> None:
         from headrace.datasets.captioned_shapes import CaptionedShapes
         from headrace.datasets.picture_crops import PictureCrops
+        from headrace.datasets.recoloured import Recoloured
 
         own = 2 * seed + (part == "held_out")
         self.name, self.count = name, count
-        self.crops = PictureCrops(size=preprocessing.size, count=count, part=part, seed=own)
+        crops = PictureCrops(size=preprocessing.size, count=count, part=part, seed=own)
+        self.crops = Recoloured(crops, seed=own, share=recolour) if recolour else crops
         self.shapes = CaptionedShapes(size=preprocessing.size, count=count, seed=own)
         self.mean, self.std = (torch.tensor(x).view(1, 3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
 
@@ -86,14 +90,21 @@ class BuiltInPictures:
         return (out - self.mean) / self.std
 
 
-def open_pictures(data: str, preprocessing: Preprocessing, *, part: Part, count: int, seed: int = 0) -> Pictures:
+def open_pictures(
+    data: str, preprocessing: Preprocessing, *, part: Part, count: int, seed: int = 0, recolour: float = 0.0
+) -> Pictures:
     """Pictures from `crops`, `shapes`, `mixed`, or a folder (`count` only matters for the built-in ones).
+
+    `recolour` is the share of training crops that come in other colours, see `Recoloured`.
 
     Raises:
         FileNotFoundError: No such folder, or no pictures in it.
+        ValueError: `recolour` for pictures that are no training crops.
     """
+    if recolour and (part != "training" or data not in ("crops", "mixed")):
+        raise ValueError(f"only training crops (of 'crops' and 'mixed') are recoloured, got {data!r}, part {part!r}")
     if data in BUILT_IN:
-        return BuiltInPictures(data, preprocessing, part=part, count=count, seed=seed)
+        return BuiltInPictures(data, preprocessing, part=part, count=count, seed=seed, recolour=recolour)
     folder = Path(data)
     if not folder.is_dir():
         raise FileNotFoundError(f"{data!r} is no folder and none of {', '.join(BUILT_IN)}")

@@ -29,6 +29,7 @@ def train(
     tower_factor: float = 1.0,
     book_factor: float = 1.0,
     pool: int = 0,
+    recolour: float = 0.0,
     adversarial_start: int = 20_000,
     pixel_weight: float = 1.0,
     scale_drop: float = 0.1,
@@ -60,6 +61,7 @@ def train(
         book_factor: Factor on it for the codebooks.
         pool: Take pictures from this many only and keep the EfficientNet teacher's features of them in memory; 0 takes
             fresh ones all the time. A built-in set is the same pool for every seed.
+        recolour: Share of the built-in photographs' crops that come in other colours; their pictures hold few.
         adversarial_start: Update from which the critic takes part.
         pixel_weight: Weight of the mean squared error of pixels.
         scale_drop: Probability of leaving out a scale in an update.
@@ -110,7 +112,12 @@ def train(
     )
     optimizer = build_optimizer(training, lr=lr, tower_factor=tower_factor, book_factor=book_factor)
     pictures = open_pictures(
-        data, model.preprocessing, part="training", count=pool or 100_000, seed=0 if pool else seed
+        data,
+        model.preprocessing,
+        part="training",
+        count=pool or 100_000,
+        seed=0 if pool else seed,
+        recolour=recolour,
     )
     source = TaughtPictures(pictures, taught_by) if pool and isinstance(taught_by, EfficientNetTeacher) else pictures
     fitted = fit(
@@ -137,6 +144,7 @@ def train(
             "teacher": teacher,
             "perceptual": "efficientnet" if vgg is None else "vgg",
             "pool": pool,
+            "recolour": recolour,
             "tower_factor": tower_factor,
             "book_factor": book_factor,
             "adversarial_start": adversarial_start,

@@ -3,6 +3,7 @@
 import difflib
 import os
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,12 @@ TOKENIZERS = {
     "uniflow": "headrace.tokenizers.uniflow:UniFlow",
     "flowtok": "headrace.tokenizers.flowtok:FlowTok",
     "lwm-vqgan": "headrace.tokenizers.lwm_vqgan:LwmVQGAN",
+}
+
+# family: the function that reads one weights file of its release, `importer(path) -> Tokenizer`
+RELEASE_FILES = {
+    "tokenflow": "headrace.tokenizers.tokenflow_import:load_official",
+    "uniflow": "headrace.tokenizers.uniflow_import:load_official",
 }
 
 
@@ -56,19 +63,29 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     """Load a trained tokenizer of any family, or build an untrained one.
 
     Args:
-        source: A folder written by `save_pretrained`, a Hub id `owner/name`, or a name such as `tokenflow:tiny`. A
-            name carries no weights: the model is built with random ones, and a warning says so. A folder of the same
-            name wins.
+        source: A folder written by `save_pretrained`, a Hub id `owner/name`, a release's weights file with its family
+            in front, such as `tokenflow:tokenflow_clipb_32k_enhanced.pt`, or a name such as `tokenflow:tiny`. A name
+            carries no weights: the model is built with random ones, and a warning says so. A folder of the same name
+            wins. Files are read without running code in them.
         revision: Branch, tag or commit for a Hub id.
 
     Returns:
         The tokenizer in eval mode.
 
     Raises:
-        ValueError: Unknown name (a near match is named), a folder of something that is no tokenizer, broken files.
+        ValueError: Unknown name (a near match is named), a folder of something that is no tokenizer, broken files, a
+            file without a family in front.
         FileNotFoundError: No such folder or Hub id.
     """
     text = os.fspath(source)
+    family, _, file = text.partition(":")
+    if os.path.isfile(file):
+        return _importer(family)(file)
+    if os.path.isfile(text):
+        raise ValueError(
+            f"{text} is a file, and a folder was wanted. For a release's weights say whose they are: "
+            + " or ".join(f"{name}:{text}" for name in RELEASE_FILES)
+        )
     if not os.path.isdir(text) and "/" not in text and os.sep not in text:
         model = new_tokenizer(text)
         warnings.warn(
@@ -83,6 +100,13 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     if written_by not in classes:
         raise ValueError(f"{folder} holds a {written_by}, not one of the tokenizers {', '.join(classes)}")
     return tokenizer_class(classes[written_by]).from_pretrained(folder)
+
+
+def _importer(family: str) -> Callable[[str], Tokenizer]:
+    if family not in RELEASE_FILES:
+        raise ValueError(_unknown("reader of release files", family, list(RELEASE_FILES)))
+    module, attribute = RELEASE_FILES[family].split(":")
+    return getattr(import_module(module), attribute)
 
 
 def _unknown(what: str, name: str, known: list[str]) -> str:

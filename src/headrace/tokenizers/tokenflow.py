@@ -118,7 +118,8 @@ class TokenFlowConfig:
     @classmethod
     def mini(cls) -> Self:
         """Trains on two CPU cores: 64 px, 16x16 grid, 817 codes of 256; EfficientNet-Lite0 is tower and teacher."""
-        pixels = VQGANConfig(width=32, multipliers=(1, 1, 2), blocks=1, latent=64)
+        # As many channels a group as at the published width: with 32 groups the norms would erase the colour.
+        pixels = VQGANConfig(width=32, multipliers=(1, 1, 2), blocks=1, latent=64, groups=8)
         return cls(
             size=64,
             tower=TowerConfig(family="efficientnet", size=64, patch=4, width=112, heads=1),

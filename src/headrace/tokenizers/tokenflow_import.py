@@ -69,7 +69,7 @@ def _renamed(name: str, table: tuple[tuple[str, str], ...]) -> str:
         found = re.match(pattern, name)
         if found:
             return found.expand(new) + name[found.end() :]
-    raise ValueError(f"no official name for {name!r}")
+    raise ValueError(f"{name!r} is no weight of this tower; the checkpoint is of another model")
 
 
 def _clip_tower(state: State) -> State:
@@ -152,9 +152,18 @@ def _template_of(pattern: str) -> str:
 
 
 def from_official(state: State, config: TokenFlowConfig) -> State:
-    """Rename the release's weights to ours; constants and the usage FIFO are dropped."""
+    """Rename the release's weights to ours; constants and the usage FIFO are dropped.
+
+    Raises:
+        ValueError: A weight of the tower is missing, or one is there that it does not have.
+    """
     tower = {k.removeprefix(OFFICIAL_TOWER): v for k, v in state.items() if k.startswith(OFFICIAL_TOWER)}
-    renamed = _tower_from_official(tower, config.tower.family, config.tower.depth)
+    try:
+        renamed = _tower_from_official(tower, config.tower.family, config.tower.depth)
+    except KeyError as error:
+        raise ValueError(
+            f"the checkpoint is not whole: its {config.tower.family} tower lacks {error.args[0]!r}; download it again"
+        ) from error
     out = {TOWER + name: value for name, value in renamed.items()}
     for name, value in state.items():
         if name.startswith(OFFICIAL_TOWER) or name == USAGE_KEY or name in SCALING_KEYS:
@@ -180,12 +189,18 @@ def official_family(state: State) -> Family:
 
 
 def official_variant(state: State) -> str:
-    """The variant of `TokenFlow.VARIANTS` that fits a release checkpoint: tower and decoder decide."""
+    """The variant of `TokenFlow.VARIANTS` that fits a release checkpoint: tower and decoder decide.
+
+    Raises:
+        ValueError: No TokenFlow checkpoint, or not a whole one.
+    """
     family = official_family(state)
     if family != "clip":
         return {"vitamin": "l", "siglip": "xl"}[family]
-    enhanced = state["decoder.norm_out.weight"].shape[0] == TokenFlowConfig.b_256().pixel_decoder.width
-    return "b_256" if enhanced else "b"
+    finest = state.get("decoder.norm_out.weight")
+    if finest is None:
+        raise ValueError("the checkpoint is not whole: it lacks 'decoder.norm_out.weight'; download it again")
+    return "b_256" if finest.shape[0] == TokenFlowConfig.b_256().pixel_decoder.width else "b"
 
 
 def config_from_official(

@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32
-
 
 @dataclass(frozen=True, kw_only=True)
 class VQGANConfig:
     """Sizes of one side, encoder or decoder.
 
     Attributes:
-        width: Channels of the finest level, a multiple of 32 (group normalisation has 32 groups).
+        width: Channels of the finest level, a multiple of `groups`.
         multipliers: Width of each level as a multiple of `width`, finest first; each but the last halves the side.
         blocks: Residual blocks per level; the decoder has one more per level.
         latent: Channels of the latent map.
         attention: Whether the coarsest level and the middle have attention; LWM's does not.
+        groups: Of the group norms; 32 as published, at 128 channels. With one channel a group a norm is an instance
+            norm: it takes every channel's mean away, and with the last one the colour of the whole picture.
     """
 
     width: int = 128
@@ -31,10 +31,13 @@ class VQGANConfig:
     blocks: int = 2
     latent: int = 256
     attention: bool = True
+    groups: int = 32
 
     def __post_init__(self) -> None:
-        if self.width < GROUPS or self.width % GROUPS:
-            raise ValueError(f"width must be a multiple of {GROUPS}, got {self.width}")
+        if self.groups < 1:
+            raise ValueError(f"groups must be at least 1, got {self.groups}")
+        if self.width < self.groups or self.width % self.groups:
+            raise ValueError(f"width must be a multiple of {self.groups}, got {self.width}")
         if not self.multipliers or min(self.multipliers) < 1:
             raise ValueError(f"multipliers must be at least 1 each, got {self.multipliers}")
         if self.blocks < 1 or self.latent < 1:
@@ -49,11 +52,11 @@ class VQGANConfig:
 class ResidualBlock(nn.Module):
     """Norm, swish, 3x3 convolution, twice, plus the input (through a 1x1 convolution when the width changes)."""
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, *, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, width_in, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(GROUPS, width_out, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, width_out, eps=1e-6)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
 
@@ -67,9 +70,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all places of a map, one head, plus the input."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -110,11 +113,12 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by attention where asked, then a change of resolution."""
 
-    def __init__(self, widths: Sequence[int], *, attention: bool, resample: nn.Module | None) -> None:
+    def __init__(self, widths: Sequence[int], *, attention: bool, groups: int, resample: nn.Module | None) -> None:
         super().__init__()
         pairs = itertools.pairwise(widths)
-        self.res = nn.ModuleList(ResidualBlock(a, b) for a, b in pairs)
-        self.attn = nn.ModuleList(AttentionBlock(b) for b in widths[1:]) if attention else nn.ModuleList()
+        self.res = nn.ModuleList(ResidualBlock(a, b, groups=groups) for a, b in pairs)
+        attended = widths[1:] if attention else ()
+        self.attn = nn.ModuleList(AttentionBlock(b, groups=groups) for b in attended)
         if isinstance(resample, Downsample):
             self.downsample = resample
         elif isinstance(resample, Upsample):
@@ -132,10 +136,11 @@ class Level(nn.Module):
         return x
 
 
-def middle(width: int, *, attention: bool) -> nn.ModuleList:
+def middle(width: int, *, attention: bool, groups: int) -> nn.ModuleList:
     """Residual block, attention where asked, residual block at the coarsest resolution."""
-    between = [AttentionBlock(width)] if attention else []
-    return nn.ModuleList([ResidualBlock(width, width), *between, ResidualBlock(width, width)])
+    first, last = (ResidualBlock(width, width, groups=groups) for _ in range(2))
+    between = [AttentionBlock(width, groups=groups)] if attention else []
+    return nn.ModuleList([first, *between, last])
 
 
 class VQGANEncoder(nn.Module):
@@ -150,12 +155,12 @@ class VQGANEncoder(nn.Module):
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             chain = [before] + [width] * config.blocks
-            self.conv_blocks.append(
-                Level(chain, attention=last and config.attention, resample=None if last else Downsample(width))
-            )
+            resample = None if last else Downsample(width)
+            attention = last and config.attention
+            self.conv_blocks.append(Level(chain, attention=attention, groups=config.groups, resample=resample))
             before = width
-        self.mid = middle(before, attention=config.attention)
-        self.norm_out = nn.GroupNorm(GROUPS, before, eps=1e-6)
+        self.mid = middle(before, attention=config.attention, groups=config.groups)
+        self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, config.latent, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -173,16 +178,17 @@ class VQGANDecoder(nn.Module):
         super().__init__()
         widths = [config.width * m for m in reversed(config.multipliers)]
         self.conv_in = nn.Conv2d(config.latent, widths[0], 3, padding=1)
-        self.mid = middle(widths[0], attention=config.attention)
+        self.mid = middle(widths[0], attention=config.attention, groups=config.groups)
         self.conv_blocks = nn.ModuleList()
         before = widths[0]
         for index, width in enumerate(widths):
             last = index == len(widths) - 1
             chain = [before] + [width] * (config.blocks + 1)
             attention = index == 0 and config.attention
-            self.conv_blocks.append(Level(chain, attention=attention, resample=None if last else Upsample(width)))
+            resample = None if last else Upsample(width)
+            self.conv_blocks.append(Level(chain, attention=attention, groups=config.groups, resample=resample))
             before = width
-        self.norm_out = nn.GroupNorm(GROUPS, before, eps=1e-6)
+        self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
