@@ -3,6 +3,8 @@
 Each method runs in a process of its own on the same random tensors, so that peaks do not mix:
 
     OMP_NUM_THREADS=2 python benchmarks/tokenflow_search.py --repeats 5 --out search.json
+
+`--no-entropy` leaves the entropy term out of the one-hot version; the release computes it, in evaluation too.
 """
 
 import json
@@ -29,10 +31,13 @@ class Benchmark:
     repeats: int = 5
     threads: int = 2
     seed: int = 0
+    entropy: bool = True
     out: Path | None = None
 
 
-def one_hot_quantize(features: torch.Tensor, books: list[torch.Tensor], scales: tuple[int, ...]) -> torch.Tensor:
+def one_hot_quantize(
+    features: torch.Tensor, books: list[torch.Tensor], scales: tuple[int, ...], *, entropy: bool
+) -> torch.Tensor:
     """Section 3 of the paper as written: full distances, an entropy term and a one-hot product at every scale."""
     dims = [book.shape[1] for book in books]
     residual, codes = features, []
@@ -45,8 +50,9 @@ def one_hot_quantize(features: torch.Tensor, books: list[torch.Tensor], scales: 
             (part**2).sum(1, keepdim=True) + (unit**2).sum(1) - 2 * part @ unit.T
             for part, unit in zip(parts, units, strict=True)
         )
-        share = torch.softmax(-distance / 0.01, dim=-1)
-        -(share * torch.log_softmax(-distance / 0.01, dim=-1)).sum(-1).mean()
+        if entropy:
+            share = torch.softmax(-distance / 0.01, dim=-1)
+            -(share * torch.log_softmax(-distance / 0.01, dim=-1)).sum(-1).mean()
         index = distance.argmin(1)
         hot = torch.zeros(len(index), len(books[0])).scatter_(1, index[:, None], 1)
         chosen = torch.cat([hot @ unit for unit in units], dim=1).view(len(features), side, side, -1)
@@ -68,7 +74,7 @@ def measure(method: str, options: Benchmark) -> dict:
         with torch.no_grad():
             if method == "fused":
                 return quantizer(features).codes
-            return one_hot_quantize(features, books, options.scales)
+            return one_hot_quantize(features, books, options.scales, entropy=options.entropy)
 
     MultiScaleQuantizer(MultiScaleConfig(scales=(1, 2), codes=64))(torch.randn(1, 40, 2, 2))  # start thread pools
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -96,6 +102,7 @@ def main(options: Benchmark) -> None:
         "batch": options.batch,
         "seed": options.seed,
         "threads": options.threads,
+        "entropy": options.entropy,
         "torch": torch.__version__,
         "results": results,
         "same_codes": same,
