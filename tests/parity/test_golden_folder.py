@@ -28,7 +28,7 @@ def outcomes(folder):
 
 def write(folder, name, entries):
     save_file({"random/0/in/cost": np.zeros((2, 2))}, folder / f"{name}.safetensors")
-    about = {"config": {}, "files": [{"file": f"{name}.safetensors"}], "entries": dict.fromkeys(entries, {})}
+    about = {"config": {}, "files": [{"file": f"{name}.safetensors"}], "entries": {key: {} for key in entries}}
     (folder / f"{name}.json").write_text(json.dumps(about))
 
 

@@ -228,6 +228,11 @@ def test_official_files_of_another_variant_are_named(model, tmp_path):
         load_official(tmp_path / "none.pt")
 
 
+def test_a_model_that_the_release_has_no_names_for_is_not_exported():
+    with pytest.raises(ValueError, match="'efficientnet'"):
+        export_official(hollow("mini"))
+
+
 def test_an_official_file_that_is_not_whole_names_what_is_missing(model):
     whole = export_official(model)
     for lost in ("encoder_vqkd.class_embedding", "encoder_vqkd.positional_embedding"):

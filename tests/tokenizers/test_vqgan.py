@@ -18,9 +18,28 @@ def test_the_small_variant_has_as_many_channels_a_group_as_the_published():
     assert small.width // small.groups == PLAIN.width // PLAIN.groups == 4
 
 
-@pytest.mark.parametrize("groups", [8, 32])
-def test_a_side_shrinks_by_the_factor_and_comes_back(groups):
-    config = VQGANConfig(width=32, multipliers=(1, 2, 2), blocks=1, latent=5, groups=groups)
+def test_the_shortcut_carries_what_is_flat_past_the_norms():
+    config = VQGANConfig(width=32, multipliers=(1, 1, 2), blocks=1, latent=6, groups=8, shortcut=True)
+    encoder, decoder = VQGANEncoder(config), VQGANDecoder(config)
+    for side in (encoder, decoder):
+        torch.nn.init.zeros_(side.conv_out.weight)
+        torch.nn.init.zeros_(side.conv_out.bias)
+    dark, bright = (torch.full((1, 3, 8, 8), value) for value in (-0.5, 0.5))
+    with torch.no_grad():
+        steps = encoder(bright) - encoder(dark)
+        torch.testing.assert_close(steps, steps[..., :1, :1].expand_as(steps))
+        assert steps.abs().max() > 0.01
+        latents, more = torch.randn(2, 1, 6, 2, 2)
+        both = decoder(latents + more) + decoder(torch.zeros_like(more))
+        torch.testing.assert_close(both, decoder(latents) + decoder(more))
+    assert not any(
+        name.startswith("shortcut") for name in VQGANDecoder(VQGANConfig(width=32, multipliers=(1, 2))).state_dict()
+    )
+
+
+@pytest.mark.parametrize(("groups", "shortcut"), [(8, True), (32, False)])
+def test_a_side_shrinks_by_the_factor_and_comes_back(groups, shortcut):
+    config = VQGANConfig(width=32, multipliers=(1, 2, 2), blocks=1, latent=5, groups=groups, shortcut=shortcut)
     images = torch.rand(2, 3, 24, 16)
     latents = VQGANEncoder(config)(images)
     assert config.factor == 4 and latents.shape == (2, 5, 6, 4)

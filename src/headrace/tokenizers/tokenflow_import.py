@@ -99,9 +99,19 @@ EXPORT_TOWER = {"clip": _clip_tower, "siglip": _siglip_tower, "vitamin": lambda 
 
 
 def export_official(model: TokenFlow) -> State:
-    """The weights under the release's names, including its constants; the usage FIFO is written as zeros."""
+    """The weights under the release's names, including its constants; the usage FIFO is written as zeros.
+
+    Raises:
+        ValueError: The model has parts that the release has no names for, as `mini` has.
+    """
     own = {name: value.detach() for name, value in model.state_dict().items()}
     family = model.config.tower.family
+    sides = (model.config.pixel_encoder, model.config.pixel_decoder)
+    if family not in EXPORT_TOWER or any(side.shortcut for side in sides):
+        raise ValueError(
+            f"the release has no names for a tower of family {family!r} or a VQGAN with a shortcut; it knows the "
+            f"towers {', '.join(EXPORT_TOWER)}. save_pretrained writes this model"
+        )
     tower = {name.removeprefix(TOWER): value for name, value in own.items() if name.startswith(TOWER)}
     out = {OFFICIAL_TOWER + name: value for name, value in EXPORT_TOWER[family](tower).items()}
     for name, value in own.items():

@@ -24,6 +24,9 @@ class VQGANConfig:
         attention: Whether the coarsest level and the middle have attention; LWM's does not.
         groups: Of the group norms; 32 as published, at 128 channels. With one channel a group a norm is an instance
             norm: it takes every channel's mean away, and with the last one the colour of the whole picture.
+        shortcut: A linear layer from each patch to its latent, and one back, beside the convolutions; not published.
+            Colours of large areas, which norms take away and training wins back slowly, go this way at once. The idea
+            is the residual autoencoding of DC-AE (arXiv 2410.10733), here with learned layers.
     """
 
     width: int = 128
@@ -32,6 +35,7 @@ class VQGANConfig:
     latent: int = 256
     attention: bool = True
     groups: int = 32
+    shortcut: bool = False
 
     def __post_init__(self) -> None:
         if self.groups < 1:
@@ -162,13 +166,16 @@ class VQGANEncoder(nn.Module):
         self.mid = middle(before, attention=config.attention, groups=config.groups)
         self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, config.latent, 3, padding=1)
+        factor = config.factor
+        self.shortcut = nn.Conv2d(3, config.latent, factor, stride=factor) if config.shortcut else None
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, latent, H / f, W / f); H and W are multiples of f."""
         x = self.conv_in(images)
         for block in (*self.conv_blocks, *self.mid):
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out = self.conv_out(F.silu(self.norm_out(x)))
+        return out if self.shortcut is None else out + self.shortcut(images)
 
 
 class VQGANDecoder(nn.Module):
@@ -190,10 +197,13 @@ class VQGANDecoder(nn.Module):
             before = width
         self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
+        factor = config.factor
+        self.shortcut = nn.ConvTranspose2d(config.latent, 3, factor, stride=factor) if config.shortcut else None
 
     def forward(self, latents: Tensor) -> Tensor:
         """(B, latent, h, w) to (B, 3, f h, f w)."""
         x = self.conv_in(latents)
         for block in (*self.mid, *self.conv_blocks):
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        out = self.conv_out(F.silu(self.norm_out(x)))
+        return out if self.shortcut is None else out + self.shortcut(latents)
