@@ -78,7 +78,7 @@ def mini(
     *,
     out: Path,
     books: Literal["dual", "semantic", "pixel"] = "dual",
-    steps: int = 1300,
+    steps: int = 800,
     horizon: int = 0,
     batch_size: int = 4,
     lr: float = 1e-3,
