@@ -70,7 +70,7 @@ class BuiltInPictures:
         own = 2 * seed + (part == "held_out")
         self.name, self.count = name, count
         crops = PictureCrops(size=preprocessing.size, count=count, part=part, seed=own)
-        self.crops = Recoloured(crops, seed=own, share=recolour) if recolour else crops
+        self.crops: Pictures = Recoloured(crops, seed=own, share=recolour) if recolour else crops
         self.shapes = CaptionedShapes(size=preprocessing.size, count=count, seed=own)
         self.mean, self.std = (torch.tensor(x).view(1, 3, 1, 1) for x in (preprocessing.mean, preprocessing.std))
 
