@@ -139,3 +139,5 @@ def test_modes_that_do_not_fit_are_refused(batch):
         Coupling(kind="gibbs", epsilon=0.01).pair(*batch)
     with pytest.raises(ValueError, match="one shape"):
         Coupling().pair(batch[0], batch[1][:3])
+    with pytest.raises(ValueError, match="one device"):
+        Coupling().pair(torch.zeros(4, 2), torch.zeros(4, 2, device="meta"))

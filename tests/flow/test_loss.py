@@ -25,5 +25,7 @@ def test_pair_weights_are_a_weighted_mean_of_rows(draw):
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match="one shape"):
         flow_matching_loss(torch.zeros(3, 1), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        flow_matching_loss(torch.zeros(3, 2), torch.zeros(3, 2, device="meta"))
     with pytest.raises(ValueError, match=r"\(3,\), got \(2,\)"):
         flow_matching_loss(torch.zeros(3, 2), torch.zeros(3, 2), pair_weight=torch.ones(2))

@@ -94,8 +94,8 @@ def test_bad_grids_are_refused(grid):
 
 
 def test_bad_calls_are_refused():
-    for steps in (0, -3):
-        with pytest.raises(ValueError, match="at least 1"):
+    for steps in (0, -3, 2.5):
+        with pytest.raises(ValueError, match="whole number and at least 1"):
             integrate(decay, NOISE, steps=steps)
     with pytest.raises(ValueError, match="either steps or grid"):
         integrate(decay, NOISE)

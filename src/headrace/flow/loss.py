@@ -16,12 +16,14 @@ def flow_matching_loss(
             the rows after `weight`'s mean has been taken care of, so that a learning rate keeps its meaning.
 
     Raises:
-        ValueError: Shapes differ, or `pair_weight` is not (B,).
+        ValueError: Shapes or devices differ, or `pair_weight` is not (B,).
 
     Source: Lipman et al. 2022, arXiv 2210.02747, eq. 9; weighted pairs: Weighted CFM, arXiv 2507.22270.
     """
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have one shape")
+    if prediction.device != target.device:
+        raise ValueError(f"prediction and target must lie on one device, got {prediction.device} and {target.device}")
     squared = (prediction.float() - target.float()).square()
     if pair_weight is not None:
         if pair_weight.shape != squared.shape[:1]:

@@ -39,10 +39,11 @@ def uniform_grid(steps: int, *, t0: float = 0.0, t1: float = 1.0) -> tuple[float
     """`steps + 1` equally spaced times from `t0` to `t1`.
 
     Raises:
-        ValueError: `steps` is below 1.
+        ValueError: `steps` is below 1 or no whole number.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    if steps < 1 or steps != int(steps):
+        raise ValueError(f"steps must be a whole number and at least 1, got {steps}")
+    steps = int(steps)
     return tuple(t0 + (t1 - t0) * k / steps for k in range(steps + 1))
 
 
