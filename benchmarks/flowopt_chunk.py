@@ -90,8 +90,8 @@ def main(settings: Settings) -> None:
         norm = found.noise.flatten(1).norm(dim=1).mean().item() / found.noise[0].numel() ** 0.5
         moved = ((found.output - plain)[..., :3].sum(1) * scale[:3]).mean(0).tolist()
         print(f"{name}: residual {first.mean():.4f} -> {found.error.mean():.4f}, {reached} of {len(first)} within a "
-              f"tenth, {len(found.history) - 1} updates ({found.stopped}), noise norm {norm:.2f}, summed x y z moved by "
-              + " ".join(f"{v:+.2f}" for v in moved), flush=True)  # fmt: skip
+              f"tenth, {len(found.history) - 1} updates ({found.stopped}), noise norm {norm:.2f}, summed x y z moved "
+              "by " + " ".join(f"{v:+.2f}" for v in moved), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
