@@ -118,6 +118,25 @@ def test_shards_join_to_the_whole(tasks, data, tmp_path):
     assert {(s.uid, s.score) for s in read_samples(out)} == {(s.uid, s.score) for s in whole}
 
 
+def test_a_shard_that_was_stopped_is_named_by_merge(tasks, data, tmp_path):
+    class Stopped(Reader):
+        def answer(self, images, questions, *, max_new_tokens):
+            if len(self.encoded) == 2:
+                raise KeyboardInterrupt
+            return super().answer(images, questions, max_new_tokens=max_new_tokens)
+
+    for index, kind in enumerate((Reader, Stopped)):
+        model, shard = kind(tasks, PROMPTS), Shard(index=index, count=2)
+        try:
+            start(tasks, data, tmp_path, model, shard=shard)
+        except KeyboardInterrupt:
+            assert kind is Stopped
+    with pytest.raises(FileNotFoundError, match="did not end: 1/2"):
+        merge_shards(tmp_path, identity_of(tasks, data))
+    start(tasks, data, tmp_path, Reader(tasks, PROMPTS), shard=Shard(index=1, count=2))
+    assert merge_shards(tmp_path, identity_of(tasks, data))["questions"] == len(tasks.questions)
+
+
 def test_a_failing_picture_is_recorded_and_can_be_tried_again(tasks, data, tmp_path):
     class Broken(Reader):
         def answer(self, images, questions, *, max_new_tokens):

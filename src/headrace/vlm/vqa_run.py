@@ -66,6 +66,11 @@ class Shard:
         """Name of this part's samples file."""
         return SAMPLES_FILE if self.count == 1 else f"samples-{self.index}-of-{self.count}.jsonl"
 
+    @property
+    def finished(self) -> str:
+        """Name of the empty file that says that this part was answered to its end."""
+        return Path(self.file).stem + ".finished"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -182,6 +187,7 @@ def run(
         done = {uid: sample for uid, sample in done.items() if not sample.error}
     if progress:
         progress([done[q.uid] for q in asked if q.uid in done])
+    (out / shard.finished).unlink(missing_ok=True)
     writer, opened = SampleWriter(path), None
     try:
         for group in groups:
@@ -202,6 +208,8 @@ def run(
     samples = [done[question.uid] for question in asked]
     if shard.count == 1:
         write_results(out, identity, samples)
+    else:
+        (out / shard.finished).touch()
     return samples
 
 
@@ -216,7 +224,7 @@ def merge_shards(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Join the shards of a run into `samples.jsonl` and `results.json`; the shards stay.
 
     Raises:
-        FileNotFoundError: No shards, or parts of the set are missing; names them.
+        FileNotFoundError: No shards, or parts of the set are missing or were stopped before their end; names them.
         ValueError: Shards of more than one division.
     """
     paths = sorted(out.glob("samples-*-of-*.jsonl"))
@@ -226,9 +234,16 @@ def merge_shards(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     if len(counts) > 1:
         raise ValueError(f"{out} holds shards of different divisions (of {', '.join(sorted(counts))}); keep one")
     count = int(counts.pop())
-    missing = [i for i in range(count) if not (out / Shard(index=i, count=count).file).is_file()]
+    shards = [Shard(index=i, count=count) for i in range(count)]
+    missing = [s for s in shards if not (out / s.file).is_file()]
     if missing:
-        raise FileNotFoundError(f"{out} lacks the shards {', '.join(f'{i}/{count}' for i in missing)}")
+        raise FileNotFoundError(f"{out} lacks the shards {', '.join(f'{s.index}/{count}' for s in missing)}")
+    stopped = [s for s in shards if not (out / s.finished).is_file()]
+    if stopped:
+        names = ", ".join(f"{s.index}/{count}" for s in stopped)
+        raise FileNotFoundError(
+            f"{out} holds shards that did not end: {names}; run them again, they go on where they stopped"
+        )
     samples = list(itertools.chain.from_iterable(read_samples(path) for path in paths))
     samples.sort(key=lambda sample: sample.uid)
     target = out / SAMPLES_FILE
