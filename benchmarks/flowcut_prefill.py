@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1, help="rounds before those that count")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--encoder-alone", type=int, default=3, help="timed runs of the encoder by itself; 0 leaves it out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -192,7 +195,8 @@ def main() -> None:
         "text_tokens": TEXT_TOKENS,
         "parameters": sum(p.numel() for p in vlm.model.parameters()),
     }
-    facts |= encoder_facts(vlm, inputs, methods["flowcut"]) if "flowcut" in methods else {}
+    if "flowcut" in methods and arguments.encoder_alone:
+        facts |= encoder_facts(vlm, inputs, methods["flowcut"], arguments.encoder_alone)
     runs: dict[str, dict[str, list[float]]] = {n: {"wall": [], "cpu": [], "scoring_cpu": []} for n in methods}
     kept: dict[str, int] = {}
     for turn in range(-arguments.warmup, arguments.rounds):
@@ -223,7 +227,7 @@ def summary(runs: dict[str, dict[str, list[float]]], kept: dict[str, int]) -> di
 
 
 @torch.no_grad()
-def encoder_facts(vlm: HuggingFaceVLM, inputs: dict, pruning: PruningConfig | None) -> dict[str, Any]:
+def encoder_facts(vlm: HuggingFaceVLM, inputs: dict, pruning: PruningConfig | None, times: int) -> dict[str, Any]:
     """CPU time of the unpruned encoder alone, FlowCut's counts per block and mean entropy ratio."""
     from headrace.vlm.pruning.auto import prune
 
@@ -231,7 +235,7 @@ def encoder_facts(vlm: HuggingFaceVLM, inputs: dict, pruning: PruningConfig | No
     pixels = inputs["pixel_values"].flatten(0, -4)
     tower = vlm.model.model.vision_tower
     cpu = []
-    for _ in range(3):
+    for _ in range(times):
         start = time.process_time()
         tower(pixels)
         cpu.append(time.process_time() - start)

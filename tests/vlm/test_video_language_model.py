@@ -59,6 +59,15 @@ def test_saved_model_answers_the_same(build, picture, tmp_path):
     assert again.answer(picture(), QUESTIONS, max_new_tokens=4) == model.answer(picture(), QUESTIONS, max_new_tokens=4)
 
 
+def test_an_encoder_without_attention_is_refused_when_it_is_opened(build, picture, tmp_path):
+    convolutions = VisualEncoderConfig(source="timm", name="test_efficientnet", size=64)
+    build(encoder=convolutions).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no attention to score"):
+        load_vlm(tmp_path, pruning=pruning_config("flowcut", Budget(tokens=2)))
+    model = load_vlm(tmp_path, pruning=pruning_config("fastv", Budget(tokens=2)))  # acts in the language model
+    assert len(model.answer(picture(), QUESTIONS, max_new_tokens=2)) == len(QUESTIONS)
+
+
 @pytest.mark.parametrize("merge", [1, 2])
 def test_pruning_keeps_its_budget_and_all_is_all(build, picture, merge):
     config = dataclasses.replace(VideoLanguageConfig.tiny().encoder, merge=merge)

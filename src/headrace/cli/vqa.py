@@ -214,6 +214,7 @@ def bench_prune(
         device: Where the model runs.
     """
     from headrace.datasets.flowlearn.prompts import find_prompts
+    from headrace.vlm.auto import require_prunable
     from headrace.vlm.vqa_bench import SweepConfig, sweep, sweep_table
     from headrace.vlm.vqa_data import load_task
     from headrace.vlm.vqa_model import model_name, opener
@@ -225,6 +226,8 @@ def bench_prune(
     tasks, wording = load_task(task, data, split=split), find_prompts(prompts)
     questions = sum(len(group.questions) for group in groups_of(tasks, limit=limit))
     opened = opener(model, device=device, pruning=None)()
+    for _, pruning in config.settings():
+        require_prunable(opened, pruning)
     with _Bar(questions * len(config.settings())) as bar:
         folders = sweep(config, tasks, opened, name=model_name(model), data=data, out=out, prompts=wording, split=split,
                         progress=lambda _, samples: bar.add(samples))  # fmt: skip

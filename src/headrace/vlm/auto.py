@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from headrace.vlm.picture import Picture
-from headrace.vlm.pruning.auto import PruningConfig
+from headrace.vlm.pruning.auto import PruningConfig, encoder_policy
+from headrace.vlm.pruning.peer_policies import FastVConfig
 from headrace.vlm.pruning.reading import AnswerRecord
+from headrace.vlm.pruning.towers import find_tower
 
 
 class VisionLanguageModel(Protocol):
@@ -40,17 +42,33 @@ def load_vlm(
 
     Raises:
         FileNotFoundError, OSError: Nothing there.
-        ValueError: The folder holds another kind of model.
+        ValueError: The folder holds another kind of model, or one that `pruning` cannot act on.
     """
+    model = _opened(source, device)
+    require_prunable(model, pruning)
+    model.pruning = pruning
+    return model
+
+
+def require_prunable(model: Any, pruning: PruningConfig | None) -> None:
+    """Find out before the first picture whether a model's encoder can be pruned.
+
+    Raises:
+        ValueError: It has no attention to score, or the settings do not fit it.
+    """
+    encoder = getattr(model, "encoder", None)
+    if pruning is not None and not isinstance(pruning, FastVConfig):  # which acts in the language model alone
+        encoder_policy(pruning, encoder.tower() if encoder is not None else find_tower(model.model))
+
+
+def _opened(source: str | os.PathLike[str], device: str) -> VisionLanguageModel:
     config = Path(source) / "config.json"
     if config.is_file() and "model" in (written := json.loads(config.read_text())):
         from headrace.vlm.video_language_model import VideoLanguageModel
 
         if written["model"] != VideoLanguageModel.__name__:
             raise ValueError(f"{os.fspath(source)} holds a {written['model']}, which answers no questions")
-        model = VideoLanguageModel.from_pretrained(source).to(device)
-        model.pruning = pruning
-        return model
+        return VideoLanguageModel.from_pretrained(source).to(device)
     from headrace.vlm.huggingface import HuggingFaceVLM
 
-    return HuggingFaceVLM.from_pretrained(source, device=device, pruning=pruning)
+    return HuggingFaceVLM.from_pretrained(source, device=device)
