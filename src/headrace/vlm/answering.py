@@ -11,7 +11,7 @@ from torch import Tensor
 from headrace.vlm.picture import Picture, as_pictures
 from headrace.vlm.prefill import GreedyConfig
 from headrace.vlm.prompt import Prompt
-from headrace.vlm.pruning.reading import AnswerRecord, marked_pruning, pruned_greedy
+from headrace.vlm.pruning.reading import AnswerRecord, marked_pruning, pruned_greedy, prunes_encoder
 
 
 class AnswersPictures:
@@ -74,7 +74,7 @@ class AnswersPictures:
         start = time.perf_counter()
         kept: list[list[int]] = []
         units: list[int] = []
-        if self.pruning is None:
+        if not prunes_encoder(self.pruning):
             rows = self.encode(pixels)
         else:  # one by one: what a picture keeps does not depend on its neighbours
             tower, parts = self.encoder.tower(), []

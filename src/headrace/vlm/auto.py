@@ -8,8 +8,7 @@ from typing import Any, Protocol
 
 from headrace.vlm.picture import Picture
 from headrace.vlm.pruning.auto import PruningConfig, encoder_policy
-from headrace.vlm.pruning.peer_policies import FastVConfig
-from headrace.vlm.pruning.reading import AnswerRecord
+from headrace.vlm.pruning.reading import AnswerRecord, prunes_encoder
 from headrace.vlm.pruning.towers import find_tower
 
 
@@ -57,7 +56,7 @@ def require_prunable(model: Any, pruning: PruningConfig | None) -> None:
         ValueError: It has no attention to score, or the settings do not fit it.
     """
     encoder = getattr(model, "encoder", None)
-    if pruning is not None and not isinstance(pruning, FastVConfig):  # which acts in the language model alone
+    if pruning is not None and prunes_encoder(pruning):
         encoder_policy(pruning, encoder.tower() if encoder is not None else find_tower(model.model))
 
 

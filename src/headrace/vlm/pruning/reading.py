@@ -37,12 +37,17 @@ class AnswerRecord:
     encode_seconds: float = 0.0
 
 
+def prunes_encoder(pruning: PruningConfig | None) -> bool:
+    """Whether a method acts inside the vision encoder; FastV acts in the language model alone."""
+    return pruning is not None and not isinstance(pruning, FastVConfig)
+
+
 @contextmanager
 def marked_pruning(
     model: Any, pruning: PruningConfig | None, *, tower: Tower | None = None, video: bool = False
 ) -> Iterator[EncoderCut | None]:
     """Run the encoder under `pruning`, with NaN rows where tokens were dropped; None where it is left alone."""
-    if pruning is None or isinstance(pruning, FastVConfig):
+    if pruning is None or not prunes_encoder(pruning):
         yield None
         return
     found = tower or find_tower(model, video=video)
