@@ -54,6 +54,7 @@ class Recipe:
     flow: float = 0.1  # final weight of the optical-flow term; 0 switches it off
     unquantized: float = 0.3  # share of the run before codes take the place of the encoder's rows
     differences: bool = True  # transitions from differences of frame features, as in LAPA
+    unit_rows: bool = True  # rows as large as the codes
     held_out: int = 4  # every n-th episode is kept from training
     state_prefix: str = "tcp."  # names of the states that are the end effector's position
     seed: int = 0
@@ -71,6 +72,7 @@ def config_of(recipe: Recipe) -> LatentActionConfig:
         quantizer=replace(tiny.quantizer, codes=recipe.codes),
         tokens=recipe.tokens,
         differences=recipe.differences,
+        unit_rows=recipe.unit_rows,
         residual=True,
     )
 

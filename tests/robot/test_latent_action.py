@@ -71,8 +71,9 @@ def test_rollout_begins_as_one_step_and_feeds_itself(clip):
         {"quantizer": VectorConfig(codes=4, width=6, decay=None), "reduction": "queries", "tokens": 3},
         {"quantizer": FiniteScalarConfig(levels=(3, 3), width=6), "differences": True},
         {"target": "features", "reduction": "queries"},
+        {"unit_rows": True, "differences": True},
     ],
-    ids=["ema", "queries", "scalar-differences", "features"],
+    ids=["ema", "queries", "scalar-differences", "features", "unit-rows"],
 )
 def test_every_setting_trains_every_parameter(clip, changes):
     model = model_of(**changes).train()
@@ -85,6 +86,14 @@ def test_every_setting_trains_every_parameter(clip, changes):
     assert [name for name in dry if "position_bias.net.4.bias" not in name and "in_proj_bias" not in name] == []
     if changes.get("target") == "features":
         assert prediction.frames.shape == (2, 3, 16, 16)
+
+
+def test_unit_rows_are_as_large_as_fresh_codes_whatever_the_clip(clip):
+    """Without them a fresh model's rows are far smaller than its codes, and all of them fall to the same few."""
+    assert model_of().encoder(clip).std() < 0.2
+    rows = model_of(unit_rows=True, differences=True).encoder(0.5 + 0.01 * (clip - 0.5))
+    torch.testing.assert_close(rows.mean(-1), torch.zeros(rows.shape[:-1]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.std(-1, unbiased=False), torch.ones(rows.shape[:-1]), atol=0.1, rtol=0)
 
 
 def test_codes_bring_the_vectors_back(clip, tmp_path):

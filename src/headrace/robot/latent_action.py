@@ -7,6 +7,7 @@ Source: ViPRA, stage 1 (arXiv 2511.07732; sroutray/vipra@d5d8c0d, laq/model/late
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headrace.nn.patches import unpatchify
@@ -85,7 +86,8 @@ class InverseDynamicsEncoder(nn.Module):
     def from_features(self, features: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Rows of every transition, shape (B, T-1, N, Q), from features (B, T, P, D) of single frames."""
         states = self.in_context(features, frame_mask)
-        return self.reducer(states[:, 1:] - states[:, :-1] if self.config.differences else states[:, 1:])
+        rows = self.reducer(states[:, 1:] - states[:, :-1] if self.config.differences else states[:, 1:])
+        return F.layer_norm(rows, rows.shape[-1:]) if self.config.unit_rows else rows
 
     def forward(self, clip: Tensor, frame_mask: Tensor | None = None) -> Tensor:
         """Rows of every transition, shape (B, T-1, N, Q)."""

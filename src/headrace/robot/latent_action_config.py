@@ -38,6 +38,8 @@ class LatentActionConfig:
         tokens: Codes per transition from one frame to the next.
         reduction: How a transition's features become `tokens` rows.
         differences: Whether a transition is the difference of its frames' features, or those of its second frame.
+        unit_rows: Whether rows are brought to mean 0 and deviation 1 before the quantiser. ViPRA leaves them; a fresh
+            reducer's are a fiftieth of the codes' size, and NSVQ's noise is as large as the codes.
         target: Whether the next frame's pixels are predicted or the features that `features` gives of it.
         residual: Whether predicted pixels are added to the present frame. ViPRA predicts the whole frame; a short run
             starts better from a copy of the present one.
@@ -57,6 +59,7 @@ class LatentActionConfig:
     tokens: int = 16
     reduction: Reduction = "convolution"
     differences: bool = False
+    unit_rows: bool = False
     target: Literal["pixels", "features"] = "pixels"
     residual: bool = False
     history_offset: int = 1
