@@ -29,6 +29,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 600
     flow: float = 0.1
+    window: tuple[float, float, float] = (0.214, 0.339, 0.571)  # of ManiSkill's base camera, where the arm works
 
 
 def report_of(settings: Settings, seed: int, flow: float) -> dict[str, float]:
@@ -38,6 +39,7 @@ def report_of(settings: Settings, seed: int, flow: float) -> dict[str, float]:
         recipe = [sys.executable, str(ROOT / "recipes" / "latent_actions.py"), "--data", *settings.data]
         options = {"steps": settings.steps, "flow": flow, "seed": seed, "out": out}
         flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+        flags += ["--window", *map(str, settings.window)]
         subprocess.run([*recipe, *flags, "--resume"], check=True)
     return json.loads((out / "report.json").read_text())
 

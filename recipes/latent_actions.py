@@ -44,6 +44,7 @@ class Recipe:
     batch_size: int = 32
     frames: int = 4
     image_size: int = 64
+    window: tuple[float, float, float] | None = None  # left, top, side of what is seen, as shares of the picture
     patch: int = 16
     width: int = 128
     tokens: int = 4
@@ -65,6 +66,7 @@ def config_of(recipe: Recipe) -> LatentActionConfig:
     tiny = LatentActionConfig.tiny(image_size=recipe.image_size, patch=recipe.patch)
     return replace(
         tiny,
+        window=recipe.window,
         frames=recipe.frames,
         features=replace(tiny.features, width=recipe.width),
         encoder=replace(tiny.encoder, width=recipe.width, dropout=0.0),
@@ -87,7 +89,7 @@ def split(recipe: Recipe) -> tuple[VideoClips, VideoClips]:
             keep = [i for i in range(len(source.videos)) if (i % recipe.held_out == recipe.held_out - 1) == held]
             videos, strides = tuple(source.videos[i] for i in keep), tuple(source.strides[i] for i in keep)
             sources.append(replace(source, videos=videos, strides=strides))
-        parts.append(VideoClips(sources, image_size=recipe.image_size))
+        parts.append(VideoClips(sources, image_size=recipe.image_size, window=recipe.window))
     return parts[0], parts[1]
 
 

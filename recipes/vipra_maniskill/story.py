@@ -179,6 +179,7 @@ def main(story: Story) -> None:
             )
         command = [sys.executable, str(RECIPES / "latent_actions.py"), "--data", *videos, "--out", str(out / "lam")]
         command += ["--steps", str(size.lam_steps), "--seed", str(story.seed)]
+        command += ["--window", *(f"{edge / 224:.4f}" for edge in (left, top, side))]  # what the policy sees
         command += ["--resume"] if resumed(out / "lam") else []
         subprocess.run(command, check=True)
     if tell("labels", story):

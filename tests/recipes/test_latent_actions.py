@@ -38,6 +38,7 @@ def test_the_recipe_trains_judges_and_saves(tmp_path):
     command = [sys.executable, ROOT / "recipes" / "latent_actions.py", "--data", tmp_path / "data"]
     options = {"out": tmp_path / "run", "steps": 2, "batch-size": 4, "width": 32, "image-size": 32, "held-out": 3}
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    flags += ["--window", "0", "0", "1"]
     environment = os.environ | {
         "HEADRACE_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": str(ROOT / "src"),
@@ -47,4 +48,4 @@ def test_the_recipe_trains_judges_and_saves(tmp_path):
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["transitions"] == 9 and 0 < report["used"] <= 1
     model = LatentActionModel.from_pretrained(tmp_path / "run" / "model")
-    assert model.config.residual and model.config.fps == 10
+    assert model.config.residual and model.config.fps == 10 and model.config.window == (0.0, 0.0, 1.0)
