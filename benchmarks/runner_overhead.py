@@ -1,7 +1,8 @@
 """What the rollout runner costs over a bare loop around the same environment, and what more processes bring.
 
 Usage: python benchmarks/runner_overhead.py [--episodes 6] [--repeats 3]
-Runs, in turn: a bare loop with pictures; the runner with one and two processes; state-only stepping with one and two
+Runs, in turn: a bare loop with pictures; the runner drawing every step (as for a video) with one and two processes, and
+drawing only what the policy sees; state-only stepping with one and two
 processes. Same task, same seeds, a policy that costs nothing. Prints one JSON line with medians.
 """
 
@@ -66,10 +67,12 @@ def bare_worker(task: Task, episodes: int, queue) -> None:
     queue.put(bare(task, episodes))
 
 
-def runner(task: Task, episodes: int, processes: int, spec: ActionSpec) -> float:
-    """Steps per second of the runner, from the first row's start to the last row's end, start-up left out."""
+def runner(task: Task, episodes: int, processes: int, spec: ActionSpec, *, every: bool = True) -> float:
+    """Steps per second of the runner within episodes, without start-up; `every` step drawn, or what the policy sees."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = RolloutSettings(episodes=episodes + processes, num_envs=processes, videos=0, success_rule="at_end")
+        chosen = RolloutSettings(
+            episodes=episodes + processes, num_envs=processes, success_rule="at_end", videos=10**6 if every else 0
+        )
         roll_out([task], Still(spec), chosen, Path(folder), policy_name="still")
         rows = [json.loads(line) for line in (Path(folder) / "episodes.jsonl").read_text().splitlines()]
     # The first episode of each process warms the renderer up.
@@ -92,13 +95,14 @@ def main(settings: Settings) -> None:
         process.start()
         rows.setdefault("bare_loop", []).append(queue.get())
         process.join()
-        for name, which, processes, episodes in (
-            ("runner_1", task, 1, settings.episodes),
-            ("runner_2", task, 2, settings.episodes),
-            ("state_only_1", blind, 1, 6 * settings.episodes),
-            ("state_only_2", blind, 2, 6 * settings.episodes),
+        for name, which, processes, episodes, every in (
+            ("runner_1", task, 1, settings.episodes, True),
+            ("runner_2", task, 2, settings.episodes, True),
+            ("runner_2_without_videos", task, 2, settings.episodes, False),
+            ("state_only_1", blind, 1, 6 * settings.episodes, False),
+            ("state_only_2", blind, 2, 6 * settings.episodes, False),
         ):
-            rows.setdefault(name, []).append(runner(which, episodes, processes, spec))
+            rows.setdefault(name, []).append(runner(which, episodes, processes, spec, every=every))
     medians = {name: round(statistics.median(values), 2) for name, values in rows.items()}
     ratios = [a / b for a, b in zip(rows["runner_1"], rows["bare_loop"], strict=True)]
     gains = [b / a for a, b in zip(rows["state_only_1"], rows["state_only_2"], strict=True)]

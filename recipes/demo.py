@@ -12,6 +12,8 @@ OUT = ROOT / "runs" / "demo"
 if __name__ == "__main__":
     shutil.rmtree(OUT, ignore_errors=True)  # every demo is made anew
     policy = str(ROOT / "checkpoints" / "demo")
-    status = main(["rollout", policy, "--task", "demo", "--episodes", "5", "--num-envs", "2", "--out", str(OUT)])
+    status = main(
+        ["rollout", policy, "--task", "demo", "--episodes", "5", "--num-envs", "2", "--videos", "3", "--out", str(OUT)]
+    )
     print(f"open {OUT / 'report.html'} in a browser")
     sys.exit(status)

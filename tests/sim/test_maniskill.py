@@ -51,3 +51,23 @@ def test_the_goal_is_handed_out_beside_the_picture():
     moved = environment.step(np.array([1, 0, 0, 0, 0, 0, 1], np.float32)).observation
     assert moved.state[9] > seen.state[9]  # +x moves the tool centre point along +x
     environment.close()
+
+
+@pytest.mark.render
+def test_leaving_pictures_out_changes_nothing_else():
+    actions = np.linspace(-0.5, 0.5, 35, dtype=np.float32).reshape(5, 7)
+    environment = make_environment(find_task("PickCube-v1"))
+    environment.reset(3)
+    drawn = [environment.step(action) for action in actions]
+    environment.reset(3)
+    environment.drawing = False
+    blind = [environment.step(action) for action in actions[:-1]]
+    environment.drawing = True
+    last = environment.step(actions[-1])
+    environment.close()
+    assert not any(step.observation.images for step in blind)
+    for one, other in zip(drawn, [*blind, last], strict=True):
+        np.testing.assert_array_equal(one.observation.state, other.observation.state)
+        assert one.readings == other.readings and one.success == other.success
+    picture = drawn[-1].observation.images["base_camera"]
+    np.testing.assert_array_equal(last.observation.images["base_camera"], picture)

@@ -58,14 +58,17 @@ def rollout(
     """
     from headrace.sim.rollout import RolloutSettings, roll_out
     from headrace.sim.tasks import find_tasks
+    from headrace.sim.workers import Simulators, import_ahead
 
-    tasks = find_tasks(task)
+    tasks, simulators = find_tasks(task), Simulators()
+    if not ray:
+        import_ahead(tasks[0])  # while the policy is loaded here
     name = Path(policy).name or policy
     folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     chosen = settings_of(solver=solver, steps=steps, grid=grid, execute=execute, ensemble=ensemble, precision=precision)
     results = roll_out(
         tasks,
-        None if ray else make_policy(policy, tasks, chosen),
+        None if ray else make_policy(policy, tasks, chosen, simulators),
         RolloutSettings(
             episodes=episodes,
             seed=seed,
@@ -78,6 +81,7 @@ def rollout(
         policy_name=policy,
         command=shlex.join(["headrace", *sys.argv[1:]]),
         policy_settings=chosen if policy not in ("random", "oracle") else {},
+        simulators=simulators,
         **on_ray(policy, tasks, chosen, workers=ray, address=ray_address),
     )
     for row in results["tasks"]:
@@ -133,8 +137,8 @@ def settings_of(**chosen: Any) -> dict[str, Any]:
     return {key: value for key, value in chosen.items() if value is not None and value is not False}
 
 
-def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
-    """The policy that `name` stands for; None for the tasks' own experts.
+def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators: Any = None) -> Any:
+    """The policy that `name` stands for; None for the tasks' own experts. `random` asks a simulator for its actions.
 
     Raises:
         ValueError: A task without an expert, solver options for a policy that is not sampled here, or settings that
@@ -149,13 +153,16 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any]) -> Any:
             raise ValueError(f"no scripted expert for {', '.join(without)}")
         return None
     if name == "random":
+        from headrace.contracts import ActionSpec
         from headrace.robot.policy import RandomPolicy
-        from headrace.sim.tasks import make_environment
+        from headrace.sim.rollout import describe
+        from headrace.sim.workers import Simulators
 
-        environment = make_environment(tasks[0])
-        spec = environment.spec
-        environment.close()
-        return RandomPolicy(spec)
+        kept = simulators or Simulators()
+        described = describe(kept.assign(tasks[0], None, 1)[0])
+        if simulators is None:
+            kept.close()
+        return RandomPolicy(ActionSpec.from_dict(described["spec"]))
     if name.startswith(("ws://", "wss://")):
         import os
 

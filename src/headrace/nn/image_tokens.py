@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
-import timm
+from headrace.nn.lean_imports import without
+
+with without("wandb"):
+    import timm
 import torch
 from torch import Tensor, nn
 

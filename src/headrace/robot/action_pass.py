@@ -11,10 +11,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel
 
+from headrace.nn.lean_imports import without
 from headrace.nn.shapes import expect_shape
 from headrace.vlm.kv_cache import KVCache
+
+with without("sklearn"):
+    from transformers import LlamaModel
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

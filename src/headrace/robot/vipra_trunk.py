@@ -9,15 +9,18 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaModel
 
 from headrace.nn.image_tokens import ImageTokens, ImageTokensConfig
+from headrace.nn.lean_imports import without
 from headrace.nn.shapes import expect_shape
 from headrace.robot.frame_codes import FrameCodes
 from headrace.robot.vipra_config import Attention, TrunkConfig
 from headrace.vlm.sequence import Delimiter, Field, SequenceLayout, Special
 from headrace.vlm.text_tokenizer import WithTextTokenizer
 from headrace.vlm.vipra_sequences import MARKS, VipraSizes
+
+with without("sklearn"):
+    from transformers import LlamaModel
 
 PADDING = -1
 

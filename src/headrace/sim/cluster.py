@@ -18,6 +18,7 @@ from headrace.contracts import Policy
 from headrace.sim.episode import Episode
 from headrace.sim.rollout import Rollout, RolloutSettings
 from headrace.sim.tasks import Task
+from headrace.sim.workers import Simulators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,7 @@ class EpisodeMaker:
     def __init__(
         self, task: Task, make_policy: Callable[[], Policy | None], settings: RolloutSettings, folder: Path
     ) -> None:
-        self.rollout = Rollout(task, make_policy(), settings, folder)
+        self.rollout = Rollout(task, make_policy(), settings, folder, Simulators())
 
     def make(self, wanted: list[tuple[int, int]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Rows of episodes (number, seed), and what the environment declares."""
@@ -82,7 +83,7 @@ class EpisodeMaker:
 
     def close(self) -> None:
         """End the simulators."""
-        self.rollout.close()
+        self.rollout.simulators.close()
 
 
 class ClusterRollout(Rollout):
@@ -93,6 +94,7 @@ class ClusterRollout(Rollout):
         policy: Not used here: each worker makes its own.
         settings: Episodes, seeds, simulators per worker.
         folder: Results folder.
+        simulators: Not used here: each worker has its own.
         cluster: Where the workers are.
         make_policy: Builds the policy, None for the task's scripted expert; must be importable by the workers.
     """
@@ -103,11 +105,12 @@ class ClusterRollout(Rollout):
         policy: Policy | None,
         settings: RolloutSettings,
         folder: Path,
+        simulators: Simulators,
         *,
         cluster: Cluster,
         make_policy: Callable[[], Policy | None],
     ) -> None:
-        super().__init__(task, policy, settings, folder.resolve())
+        super().__init__(task, policy, settings, folder.resolve(), simulators)
         self.cluster, self.make_policy = cluster, make_policy
 
     def episodes(self, waiting: deque[tuple[int, int]]) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from headrace.sim.episode import Episode, Perturbation
+from headrace.sim.rollout import describe
 from headrace.sim.run_folder import claim, write_json
 from headrace.sim.tasks import Task, require_ready
-from headrace.sim.workers import Worker, WorkerFailed, ready
+from headrace.sim.workers import Simulators, Worker, WorkerFailed, ready
 
 ORIGIN_FILE = "meta/headrace.json"
 
@@ -54,37 +55,31 @@ class Collected(NamedTuple):
     seconds: float
 
 
-def demonstrations(task: Task, settings: CollectSettings) -> Iterator[Episode]:
+def demonstrations(task: Task, settings: CollectSettings, workers: list[Worker]) -> Iterator[Episode]:
     """Successful demonstrations in the order of their seeds' completion; gives up when most attempts fail.
 
     Raises:
         RuntimeError: Fewer than one in five of at least 25 attempts succeeded.
     """
-    require_ready(task)
-    workers = [Worker(task, crowded=True) for _ in range(settings.num_envs)]
     seeds, kept, tried = deque(range(settings.seed, settings.seed + 10 * settings.episodes + 25)), 0, 0
-    try:
-        for worker in workers:
+    for worker in workers:
+        worker.send("demonstrate", seeds.popleft(), settings.perturbation, settings.linger, settings.seed)
+    while kept < settings.episodes:
+        for worker in list(ready(workers, settings.timeout)) or workers[:1]:
+            tried += 1
+            try:
+                episode: Episode | None = worker.receive(0)
+            except WorkerFailed:
+                episode = None
+                worker.restart()
+            if tried >= 25 and kept < tried / 5:
+                raise RuntimeError(f"only {kept} of {tried} demonstrations of {task.name} succeeded")
             worker.send("demonstrate", seeds.popleft(), settings.perturbation, settings.linger, settings.seed)
-        while kept < settings.episodes:
-            for worker in list(ready(workers, settings.timeout)) or workers[:1]:
-                tried += 1
-                try:
-                    episode: Episode | None = worker.receive(0)
-                except WorkerFailed:
-                    episode = None
-                    worker.restart()
-                if tried >= 25 and kept < tried / 5:
-                    raise RuntimeError(f"only {kept} of {tried} demonstrations of {task.name} succeeded")
-                worker.send("demonstrate", seeds.popleft(), settings.perturbation, settings.linger, settings.seed)
-                if episode is not None and episode.error is None and episode.success.at_end:
-                    kept += 1
-                    yield episode
-                    if kept == settings.episodes:
-                        break
-    finally:
-        for worker in workers:
-            worker.kill()
+            if episode is not None and episode.error is None and episode.success.at_end:
+                kept += 1
+                yield episode
+                if kept == settings.episodes:
+                    break
 
 
 def features_of(described: dict[str, Any], image_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -117,24 +112,24 @@ def collect(task: Task, settings: CollectSettings, folder: Path) -> Collected:
         raise FileExistsError(f"{folder} exists already; give a new --out, or remove that folder")
     part = folder.with_name(f".{folder.name}.part")
     holding = folder.with_name(f".{folder.name}.claim")
+    require_ready(task)
     started, frames = time.perf_counter(), 0
-    with claim(holding):
+    with claim(holding), Simulators() as simulators:
         if part.exists():
             shutil.rmtree(part)
-        probe = Worker(task)
-        try:
-            described = probe.call("describe", timeout=settings.timeout)
-        finally:
-            probe.close()
+        workers = simulators.assign(task, None, settings.num_envs)
+        described = describe(workers[0], timeout=settings.timeout)
         dataset: Any = None
         bar = tqdm(total=settings.episodes, desc=f"collect {task.name}", unit="demo", mininterval=0.5)
-        for episode in demonstrations(task, settings):
+        for episode in demonstrations(task, settings, workers):
             if dataset is None:
                 dataset = _create(part, task, described, next(iter(episode.frames[0].values())).shape)
             _add(dataset, episode)
             frames += len(episode.actions)
             bar.update()
         bar.close()
+        for worker in workers:
+            worker.kill()  # the demonstrations that they are at are not wanted any more
         dataset.finalize()
         origin = {"task": task.name, "settings": asdict(settings), "spec": described["spec"], "frames": frames}
         write_json(part / ORIGIN_FILE, origin)

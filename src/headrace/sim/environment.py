@@ -22,7 +22,10 @@ class Step(NamedTuple):
 
 
 class Environment(Protocol):
-    """One running task. The runner counts the steps and ends the episode."""
+    """One running task. The runner counts the steps and ends the episode.
+
+    An environment may have a settable `drawing`: while False, its observations have no pictures.
+    """
 
     spec: ActionSpec
     cameras: tuple[str, ...]

@@ -67,10 +67,14 @@ class Episode:
 
 
 class EpisodeRunner:
-    """Owns an environment and runs one episode after another in it."""
+    """Owns an environment and runs one episode after another in it.
 
-    def __init__(self, task: Task, *, rule: SuccessRule | None = None, keep_frames: bool = True) -> None:
-        self.task, self.rule, self.keep_frames = task, rule or task.success_rule, keep_frames
+    Rendering costs ten times a step of physics, so environments with a switch `drawing` draw only what is looked at: by
+    the policy, at the end of each run of actions, and by the viewer of a video.
+    """
+
+    def __init__(self, task: Task, *, rule: SuccessRule | None = None) -> None:
+        self.task, self.rule, self.recording = task, rule or task.success_rule, False
         self.environment: Any = make_environment(task)
         self.episode = Episode(seed=0)
         self._expert: Any = None
@@ -80,9 +84,10 @@ class EpisodeRunner:
         env = self.environment
         return {"spec": env.spec.to_dict(), "cameras": list(env.cameras), "state_names": list(env.state_names)}
 
-    def start(self, seed: int) -> Observation:
-        """Begin the episode that `seed` names."""
-        self._started = time.perf_counter()
+    def start(self, seed: int, record: bool = False) -> Observation:
+        """Begin the episode that `seed` names; `record` keeps the picture of every step."""
+        self._started, self.recording = time.perf_counter(), record
+        self._draw(True)
         observation = self.environment.reset(seed)
         self.episode = Episode(seed=seed, instruction=observation.instruction)
         self._note(observation)
@@ -90,7 +95,8 @@ class EpisodeRunner:
 
     def run(self, actions: np.ndarray) -> tuple[Observation | None, bool]:
         """Send actions one by one until they or the episode end; returns the last observation and whether it ended."""
-        for action in actions:
+        for left, action in zip(reversed(range(len(actions))), actions, strict=True):
+            self._draw(self.recording or left == 0)
             observation = self._step(action, action)
             if observation is None or self._ended():
                 return observation, True
@@ -107,7 +113,7 @@ class EpisodeRunner:
 
     def expert(self, seed: int, video: str | None = None) -> Episode:
         """Run a whole episode with the task's expert, under the rules that policies are under."""
-        self._drive(seed, Perturbation(), 0, self._ended)
+        self._drive(seed, Perturbation(), 0, self._ended, record=video is not None)
         return self.finish(video)
 
     def demonstrate(self, seed: int, perturbation: Perturbation, linger: int, noise_seed: int) -> Episode:
@@ -117,11 +123,14 @@ class EpisodeRunner:
             steps, first = len(self.episode.flags), self.episode.success.first_step
             return steps >= self.task.max_steps or (first is not None and steps >= first + linger)
 
-        self._drive(seed, perturbation, noise_seed, done)
+        self._drive(seed, perturbation, noise_seed, done, record=True)
         return self.episode
 
-    def _drive(self, seed: int, perturbation: Perturbation, noise_seed: int, done: Callable[[], bool]) -> None:
-        self.start(seed)
+    def _drive(
+        self, seed: int, perturbation: Perturbation, noise_seed: int, done: Callable[[], bool], *, record: bool
+    ) -> None:
+        self.start(seed, record)
+        self._draw(record)
         if self._expert is None:
             self._expert = make_expert(self.task, self.environment)
         self._expert.reset()
@@ -160,7 +169,11 @@ class EpisodeRunner:
         flags = self.episode.flags
         return len(flags) >= self.task.max_steps or (flags[-1] and stops_early(self.rule))
 
+    def _draw(self, wanted: bool) -> None:
+        if hasattr(self.environment, "drawing"):
+            self.environment.drawing = wanted
+
     def _note(self, observation: Observation) -> None:
         self.episode.states.append(observation.state)
-        if self.keep_frames:
+        if self.recording:
             self.episode.frames.append(observation.images)

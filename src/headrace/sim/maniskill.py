@@ -4,7 +4,9 @@ import logging
 from typing import Any
 
 import gymnasium as gym
+import mani_skill.envs  # noqa: F401  (registers the environments)
 import numpy as np
+from mani_skill import logger
 
 from headrace.contracts import ActionSpec, Observation
 from headrace.sim.environment import Step, check_action
@@ -44,9 +46,6 @@ class ManiSkillEnvironment:
         render: bool = True,
         image_size: int = 224,
     ) -> None:
-        import mani_skill.envs  # noqa: F401  (registers the environments)
-        from mani_skill import logger
-
         logger.setLevel(logging.ERROR)
         torch_threads()
         self.task, self.render = task, render
@@ -56,7 +55,7 @@ class ManiSkillEnvironment:
         try:
             env: Any = gym.make(
                 task.name,
-                obs_mode="rgb" if render else "none",
+                obs_mode="rgb" if render else "state_dict",
                 control_mode=controller,
                 sim_backend="physx_cpu",
                 render_backend=render_backend() if render else "none",
@@ -86,6 +85,16 @@ class ManiSkillEnvironment:
         )
         self.state_names = tuple(f"{name}.{i}" for name, count in STATE_PARTS for i in range(count))
 
+    @property
+    def drawing(self) -> bool:
+        """Whether observations have pictures; leaving them out makes a step ten times faster on a processor."""
+        return self.render and self.base.obs_mode == "rgb"
+
+    @drawing.setter
+    def drawing(self, wanted: bool) -> None:
+        if self.render:
+            self.base._obs_mode = "rgb" if wanted else "state_dict"
+
     def reset(self, seed: int) -> Observation:
         """Start the episode that `seed` names."""
         return self._observe(self.env.reset(seed=seed)[0])
@@ -102,7 +111,7 @@ class ManiSkillEnvironment:
 
     def _observe(self, raw: Any) -> Observation:
         images = {}
-        if self.render:
+        if self.drawing:
             images = {name: np.ascontiguousarray(raw["sensor_data"][name]["rgb"]) for name in self.cameras}
         agent = self.base.agent
         goal = raw["extra"].get("goal_pos", np.zeros(3)) if isinstance(raw, dict) and "extra" in raw else np.zeros(3)

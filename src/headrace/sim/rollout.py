@@ -4,6 +4,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from headrace.sim.results import hardware, summarise, total, versions
 from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, write_json
 from headrace.sim.success import SuccessRule
 from headrace.sim.tasks import Task, require_ready
-from headrace.sim.workers import Worker, WorkerFailed, ready
+from headrace.sim.workers import Simulators, Worker, WorkerFailed, ready
 
 START_UP = 900.0  # seconds; a loaded machine imports a simulator slowly
 EPISODES_FILE, RESULTS_FILE = "episodes.jsonl", "results.json"
@@ -69,14 +70,17 @@ class Rollout:
         policy: The policy, or None for the task's scripted expert.
         settings: Number of episodes, seeds, processes.
         folder: Where `episodes.jsonl` and `videos/` go; must be held with `claim`.
+        simulators: The processes to run in; they stay open.
     """
 
-    def __init__(self, task: Task, policy: Policy | None, settings: RolloutSettings, folder: Path) -> None:
+    def __init__(
+        self, task: Task, policy: Policy | None, settings: RolloutSettings, folder: Path, simulators: Simulators
+    ) -> None:
         require_ready(task)
         self.task, self.policy, self.settings, self.folder = task, policy, settings, folder
+        self.simulators = simulators
         self.rule: SuccessRule = settings.success_rule or task.success_rule
         self.described: dict[str, Any] = {}
-        self._workers: list[Worker] = []
 
     def run(self) -> list[dict[str, Any]]:
         """Run all episodes that the folder does not hold yet; returns every row, in order of the seeds."""
@@ -87,46 +91,25 @@ class Rollout:
         waiting = deque((n, s) for n, s in enumerate(wanted) if s not in done)
         if waiting:
             bar = tqdm(total=len(wanted), initial=len(done), desc=self.task.name, unit="episode", mininterval=0.5)
-            try:
-                for row in self.episodes(waiting):
-                    append_line(path, row)
-                    rows.append(row)
-                    bar.update()
-                    bar.set_postfix_str(f"success {sum(r['success'] for r in rows)}/{len(rows)}")
-            finally:
-                self.close()
+            for row in self.episodes(waiting):
+                append_line(path, row)
+                rows.append(row)
+                bar.update()
+                bar.set_postfix_str(f"success {sum(r['success'] for r in rows)}/{len(rows)}")
             bar.close()
         return sorted(rows, key=lambda row: row["seed"])
 
     def episodes(self, waiting: deque[tuple[int, int]]) -> Iterator[dict[str, Any]]:
         """Rows of the episodes (number, seed), as they end; the simulators stay open for the next call."""
-        for _ in range(len(self._workers), min(self.settings.num_envs, len(waiting))):
-            self._workers.append(Worker(self.task, rule=self.rule, keep_frames=True))
+        workers = self.simulators.assign(self.task, self.rule, min(self.settings.num_envs, len(waiting)))
         if not self.described:
-            self.described = self._describe(self._workers[0])
+            self.described = describe(workers[0], timeout=self.settings.timeout)
             if self.policy is not None:
                 require_same_spec(self.policy.spec, ActionSpec.from_dict(self.described["spec"]))
-        slots = [_Slot(index, worker) for index, worker in enumerate(self._workers)]
+        slots = [_Slot(index, worker) for index, worker in enumerate(workers)]
         busy = [slot for slot in slots if self._begin(slot, waiting)]
         while busy:
             yield from self._advance(busy, waiting)
-
-    def close(self) -> None:
-        """End the simulators."""
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
-
-    def _describe(self, worker: Worker) -> dict[str, Any]:
-        """What the environment declares; the first answer waits for the simulator to be imported and built.
-
-        Raises:
-            ValueError: The simulator cannot be started here; says why.
-        """
-        try:
-            return worker.call("describe", timeout=max(START_UP, self.settings.timeout))
-        except WorkerFailed as error:
-            raise ValueError(f"{self.task.name} cannot be started: {error}") from error
 
     def _begin(self, slot: _Slot, waiting: deque[tuple[int, int]]) -> bool:
         if not waiting:
@@ -137,7 +120,7 @@ class Rollout:
             self._send(slot, "expert", slot.seed, self._video(slot.number, slot.seed))
         else:
             self.policy.reset(slot.index, seed=slot.seed)
-            self._send(slot, "start", slot.seed)
+            self._send(slot, "start", slot.seed, self._video(slot.number, slot.seed) is not None)
         return True
 
     def _send(self, slot: _Slot, command: str, *arguments: Any) -> None:
@@ -235,6 +218,34 @@ class Rollout:
         }
 
 
+def describe(worker: Worker, *, timeout: float = 0.0) -> dict[str, Any]:
+    """What a worker's environment declares; the first answer waits for the simulator to be imported and built.
+
+    Raises:
+        ValueError: The simulator cannot be started here; says why.
+    """
+    try:
+        return worker.call("describe", timeout=max(START_UP, timeout))
+    except WorkerFailed as error:
+        raise ValueError(f"{worker.task.name} cannot be started: {error}") from error
+
+
+@contextmanager
+def cores_left(num_envs: int) -> Iterator[None]:
+    """Let torch use the cores that simulators leave: threads that have to wait for a core cost more than they bring.
+
+    While the policy answers one simulator, the other `num_envs - 1` are at work.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)) - num_envs + 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def roll_out(
     tasks: list[Task],
     policy: Policy | None,
@@ -244,7 +255,8 @@ def roll_out(
     policy_name: str,
     command: str = "",
     policy_settings: dict[str, Any] | None = None,
-    make_rollout: Callable[[Task, Policy | None, RolloutSettings, Path], Rollout] = Rollout,
+    make_rollout: Callable[[Task, Policy | None, RolloutSettings, Path, Simulators], Rollout] = Rollout,
+    simulators: Simulators | None = None,
 ) -> dict[str, Any]:
     """Roll a policy out in tasks and write `results.json`; returns what it holds.
 
@@ -259,6 +271,7 @@ def roll_out(
         command: The command line, for the report.
         policy_settings: Solver, chunk execution and the like, for the report and for comparing when resuming.
         make_rollout: Where the episodes run; here by default, `headrace.sim.cluster` spreads them.
+        simulators: Processes that are there already; they are closed at the end.
 
     Raises:
         FileExistsError: The folder is in use, or holds another run.
@@ -271,13 +284,13 @@ def roll_out(
         "seed": settings.seed,
         "success_rule": settings.success_rule,
     }
-    with claim(folder):
+    with simulators or Simulators() as simulators, claim(folder), cores_left(settings.num_envs):
         check_same_run(folder, identity)
         results: list[dict[str, Any]] = []
         described: dict[str, Any] = {}
         for task in tasks:
             started = time.perf_counter()
-            rollout = make_rollout(task, policy, settings, folder)
+            rollout = make_rollout(task, policy, settings, folder, simulators)
             rows = rollout.run()
             described = rollout.described or described
             results.append(summarise(task.name, rows, seconds=time.perf_counter() - started))

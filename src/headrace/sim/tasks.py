@@ -190,7 +190,7 @@ def find_task(name: str) -> Task:
         return known[name]
     registry = maniskill_registry()
     if name in registry:
-        return Task(name=name, instruction=words_of(name), missing=lambda: missing_assets(name))
+        return Task(name=name, instruction=words_of(name), missing=partial(missing_assets, name))
     near = difflib.get_close_matches(name, {*known, *GROUPS, *registry}, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     raise ValueError(f"unknown task {name!r}{hint} (headrace tasks lists them)")
