@@ -46,6 +46,20 @@ def test_a_folder_of_pictures_is_read_and_bad_ones_named(tmp_path):
         open_pictures("nowhere", preprocessing, part="held_out", count=9)
 
 
+def test_only_training_crops_are_recoloured():
+    pytest.importorskip("skimage")
+    preprocessing, first = Preprocessing(size=32), np.arange(8)
+    plain, coloured = (
+        open_pictures("mixed", preprocessing, part="training", count=8, recolour=share).batch(first)
+        for share in (0.0, 1.0)
+    )
+    changed = (plain != coloured).flatten(1).any(1)
+    assert changed[::2].all() and not changed[1::2].any()  # crops and shapes in turn
+    for data, part in (("mixed", "held_out"), ("shapes", "training"), ("folder", "training")):
+        with pytest.raises(ValueError, match="only training crops"):
+            open_pictures(data, preprocessing, part=part, count=8, recolour=0.5)
+
+
 def test_wrong_combinations_are_explained(tmp_path):
     with pytest.raises(ValueError, match="--start"):
         train(data="crops", out=tmp_path, stage="decoder")
