@@ -42,3 +42,11 @@ def test_a_task_without_its_files_says_what_to_run():
     with pytest.raises(FileNotFoundError, match=r"X needs files .* Fetch them: fetch-it"):
         require_ready(task)
     require_ready(replace(task, missing=str))
+
+
+@pytest.mark.sim
+def test_a_task_of_the_registry_can_be_sent_to_a_worker():
+    import pickle
+
+    task = find_task("LiftPegUpright-v1")
+    assert pickle.loads(pickle.dumps(task)).missing() == task.missing()
