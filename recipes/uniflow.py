@@ -34,11 +34,13 @@ from headrace.tokenizers.uniflow import UniFlow
 from headrace.tokenizers.uniflow_config import UniFlowConfig
 from headrace.tokenizers.uniflow_loss import parameter_groups, uniflow_loss
 from headrace.tokenizers.uniflow_protocol import psnr, seam_ratio
+from headrace.tokenizers.uniflow_start import start_bottleneck
 from headrace.training.batches import batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ENCODER_FACTOR, ENCODER_FACTOR_TINY = 0.25, 0.05  # of the new modules' learning rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,8 @@ class Recipe:
         teacher_steps: Updates of the tiny teacher.
         steps: Updates.
         batch: Pictures per update.
-        lr: Learning rate of the new modules; the encoder gets a quarter.
+        lr: Learning rate of the new modules; the encoder gets a quarter, the tiny one a twentieth.
+        pixel_start: Begin the tiny bottleneck as the best linear reading of the pixels, see `start_bottleneck`.
         weighting: Layer weighting of the distillation, `last` for plain feature distillation.
         distill_weight: Factor on it; 0 trains on pixels alone.
         precision: bf16 computes under autocast, losses stay float32.
@@ -69,6 +72,7 @@ class Recipe:
     steps: int = 0
     batch: int = 0
     lr: float = 0.0
+    pixel_start: bool = True
     weighting: Weighting = "adaptive"
     distill_weight: float = 1.0
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -293,12 +297,13 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
         distillation = LayerwiseDistillation(
             teacher, model.encoder, beta=model.config.beta, weighting=model.config.weighting
         )
+    groups = parameter_groups(model, lr=lr, encoder_factor=ENCODER_FACTOR_TINY if tiny else ENCODER_FACTOR)
     warmup = min(50 if tiny else 2000, steps // 4)
     with plain_attention() if tiny else nullcontext():
         fit(
             model,
             Loss(distillation, data.batch(np.arange(min(8, len(data))))),
-            torch.optim.AdamW(parameter_groups(model, lr=lr), betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+            torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
             batches(data, batch, seed=recipe.seed),
             steps=steps,
             out=recipe.out / "run",
@@ -325,7 +330,10 @@ def new_model(recipe: Recipe) -> UniFlow:
         train_tiny_teacher(model, steps=recipe.teacher_steps, seed=recipe.seed)
         model.save_pretrained(recipe.out / "teacher")
     else:
-        model.load_state_dict(UniFlow.from_pretrained(recipe.teacher).state_dict())
+        model.encoder.load_state_dict(UniFlow.from_pretrained(recipe.teacher).encoder.state_dict())
+    if recipe.pixel_start:
+        pictures = ShapesAndPhotos(model.preprocessing, count=128, seed=recipe.seed)
+        start_bottleneck(model, pictures.batch(np.arange(len(pictures))))
     return model
 
 

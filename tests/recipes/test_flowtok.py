@@ -85,7 +85,7 @@ def test_uncaptioned_pictures_are_decoded_with_the_empty_caption(recipe, tmp_pat
     monkeypatch.setattr(model.captions, "forward", lambda ids: seen.append(ids) or torch.zeros(len(ids), 12, 32))
     batch = recipe.CaptionedShapes(size=32, count=40).batch(np.arange(40))
     for share in (0.0, 0.5, 1.0):
-        loss = recipe.StageLoss("image-tokenizer", model.captions.ids(CAPTIONS), empty, share)
+        loss = recipe.StageLoss("image-tokenizer", model.captions.ids(CAPTIONS), empty, uncaptioned=share)
         loss(model, batch, torch.Generator().manual_seed(0))
     bare = [int((ids == empty).all(1).sum()) for ids in seen]
     assert bare[0] == 0

@@ -102,8 +102,8 @@ def test_running_latent_statistics_are_those_of_all_latents_seen(model, tmp_path
 def test_the_table_finds_it_and_published_sizes_build():
     assert tokenizer_class("uniflow") is UniFlow
     with torch.device("meta"):
-        sizes = {name: UniFlow(getattr(UniFlowConfig, name)()) for name in UniFlow.VARIANTS[1:4]}
-    assert [m.tokens_per_image for m in sizes.values()] == [1369, 256, 256]
+        sizes = {name: UniFlow(getattr(UniFlowConfig, name)()) for name in UniFlow.VARIANTS[:4]}
+    assert [m.tokens_per_image for m in sizes.values()] == [1024, 1369, 256, 256]
     assert all(m.flow_head.config.width >= m.flow_head.config.patch_dim for m in sizes.values())
 
 

@@ -110,7 +110,7 @@ class FlowTokConfig:
                 text_width=32,
                 encoder=TowerConfig(width=64, depth=2, heads=4),
                 decoder=TowerConfig(width=64, depth=3, heads=4),
-                initial_logvar=-6.0,
+                initial_logvar=-10.0,
                 init_gain=1.0,
             ),
             captions=CaptionConfig(words=TINY_WORDS, context=12, width=32, depth=1, heads=4, hidden=64),

@@ -18,6 +18,7 @@ from headrace.nn.shapes import expect_shape
 from headrace.nn.starting_weights import draw_weights
 
 LOGVAR_RANGE = (-30.0, 20.0)
+GREY = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,8 @@ class TokenVAEConfig:
         decoder: Decoder blocks.
         initial_logvar: Where the log-variance of the tokens starts; 0 in the release. A decoder that reads captions can
             learn to ignore tokens that begin as pure noise, and in a short run never comes back: start it low there.
-        init_gain: How wide layers start, see `draw_weights`; 0 is the release.
+        init_gain: How wide layers start, see `draw_weights`; 0 is the release. Above 0 the last convolution also begins
+            as a grey ground on which it copies its input, so that a short run need not learn that first.
     """
 
     image_size: int = 256
@@ -230,6 +232,9 @@ class TokenVAE(nn.Module):
         self.decoder = ImageDecoder(config)
         for module in self.modules():
             draw_weights(module, gain=config.init_gain)
+        if config.init_gain:
+            nn.init.dirac_(self.decoder.smooth.weight)
+            nn.init.constant_(self.decoder.smooth.bias, GREY)
         nn.init.constant_(self.encoder.out.bias[config.channels :], config.initial_logvar)
 
     def encode(self, images: Tensor) -> Posterior:

@@ -69,8 +69,9 @@ class UniFlow(Tokenizer):
             )
         )
         self.flow_head = PatchFlow(config.flow_head)
-        for part in (self.to_latent, self.from_latent, self.global_blocks):
+        for part in (self.to_latent, self.from_latent):
             part.apply(partial(draw_weights, gain=config.init_gain))
+        self.global_blocks.apply(draw_weights)
         self.register_buffer("latent_count", torch.zeros((), dtype=torch.int64))
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels, dtype=torch.float64))
         self.register_buffer("latent_square", torch.ones(config.latent_channels, dtype=torch.float64))
