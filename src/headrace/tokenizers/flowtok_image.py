@@ -234,6 +234,7 @@ class TokenVAE(nn.Module):
             draw_weights(module, gain=config.init_gain)
         if config.init_gain:
             nn.init.dirac_(self.decoder.smooth.weight)
+            assert self.decoder.smooth.bias is not None
             nn.init.constant_(self.decoder.smooth.bias, GREY)
         nn.init.constant_(self.encoder.out.bias[config.channels :], config.initial_logvar)
 
