@@ -9,6 +9,9 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+SCENES = Path(__file__).parents[2] / "shared" / "simpler_assets"
+if SCENES.is_dir():
+    os.environ.setdefault("MS_ASSET_DIR", str(SCENES))  # before anything imports mani_skill, which reads it once
 GOLDEN = Path(os.environ.get("HEADRACE_GOLDEN", Path(__file__).parents[2] / "shared" / "golden"))
 
 

@@ -47,7 +47,7 @@ def test_pictures_are_squeezed_on_request():
 def test_seeds_below_24_are_the_official_episodes_and_others_never():
     task = find_task("simpler/stack-cube")
     bare = Task(**{**vars(task), "settings": (("render", False),)})
-    runner = EpisodeRunner(bare, keep_frames=False)
+    runner = EpisodeRunner(bare)
     scene = runner.environment.scene
     for seed in (0, 23):
         runner.start(seed)
