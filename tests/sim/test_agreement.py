@@ -92,3 +92,8 @@ def test_the_command_reads_runs_and_published_rates(tmp_path, capsys):
     (tmp_path / "broken.json").write_text("{")
     assert main(["agreement", "--simulated", str(tmp_path / "broken.json"), "--real", runs[0]]) == 2
     assert "not JSON" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file of success rates at .*absent\.json"):
+        read_rates(tmp_path / "absent.json")

@@ -98,6 +98,8 @@ def read_rates(path: Path) -> dict[str, dict[str, float]]:
         FileNotFoundError: No such file.
         ValueError: The file has another form; says where.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of success rates at {path}; `headrace rollout` writes OUT/results.json")
     try:
         data = json.loads(path.read_text())
     except ValueError as error:
