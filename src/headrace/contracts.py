@@ -19,11 +19,14 @@ class Observation:
         state: Proprioception and what else the environment hands out beside pictures, float32, shape (S,), in the units
             that `state_names` of the checkpoint lists. Empty for a policy that works from pictures alone.
         instruction: The task in words.
+        past: `images` of the control steps before this one, the latest first: as many as the policy's `look_back` asks
+            for, fewer where the episode is younger.
     """
 
     images: dict[str, np.ndarray]
     state: np.ndarray
     instruction: str = ""
+    past: tuple[dict[str, np.ndarray], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,8 @@ class ActionChunk(NamedTuple):
 class Policy(Protocol):
     """Anything that turns observations into action chunks. Batched, so that parallel environments share one call.
 
-    A policy that keeps a state between calls (a queue of actions, an ensemble) keys it by slot.
+    A policy that keeps a state between calls (a queue of actions, an ensemble) keys it by slot. One that wants to see
+    earlier steps says how many in `look_back`, which others may leave out.
     """
 
     spec: ActionSpec
@@ -145,3 +149,8 @@ class Versions:
     """Versions that a result was made with, by package name."""
 
     packages: dict[str, str] = field(default_factory=dict)
+
+
+def look_back(policy: Any) -> int:
+    """How many control steps before the present a policy wants in `Observation.past`; 0 for one that does not say."""
+    return int(getattr(policy, "look_back", 0))

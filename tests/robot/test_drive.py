@@ -144,6 +144,29 @@ def test_a_policy_that_can_continue_is_given_what_will_be_executed():
     assert policy.prefixes and all(0 < rows <= 41 and delay >= 3 for rows, delay in policy.prefixes)
 
 
+def test_a_policy_that_looks_back_sees_its_own_control_steps():
+    class Clock(MockArm):
+        def read(self):
+            state = super().read()
+            ticks = int((state.time - begin) * 1000)
+            return state._replace(images={"eye": np.full((8, 8, 3), [ticks >> 8, ticks & 255, 0], np.uint8)})
+
+    class Looks(Wave):
+        look_back, seen = 2, ()
+
+        def act(self, observations, slots):
+            pictures = [observations[0].images, *observations[0].past]
+            times = [int(p["eye"][0, 0, 0]) * 256 + int(p["eye"][0, 0, 1]) for p in pictures]
+            self.seen = (*self.seen, np.diff(times) * -1)
+            return super().act(observations, slots)
+
+    begin, policy = time.perf_counter(), Looks(seconds=0.05, rate=10.0, horizon=10)
+    drive(Clock(), policy, LIMITS, DriveConfig(seconds=1.5, rate=50.0))
+    assert len(policy.seen[0]) <= 2 and len(policy.seen) > 2
+    for gaps in policy.seen[-2:]:  # 10 Hz policy on a 50 Hz arm: 100 ms apart, to half a period of the loaded loop
+        assert len(gaps) == 2 and np.all(gaps > 40) and np.all(gaps < 200)
+
+
 def test_no_thread_is_left_behind():
     drive(MockArm(), Wave(), LIMITS, DriveConfig(seconds=0.5))
     assert not [thread for thread in threading.enumerate() if thread.name == "policy"]

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from headrace.contracts import ActionSpec, Observation, Policy
+from headrace.robot.chunking import RecedingHorizon, TemporalEnsemble
 from headrace.robot.policy import FlowPolicy, RandomPolicy, load_policy, settle
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 
@@ -101,6 +102,27 @@ def test_history_repeats_the_first_frame_then_fills(folder):
         )
         seen.append(inputs.images[0, 0, :, 0, 0, 0].tolist())
     assert seen == [[1, 1], [1, 2], [1, 3], [2, 4]]
+
+
+def test_history_is_of_control_steps_where_the_observation_brings_them(caplog):
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    policy = FlowPolicy(VipraPolicy(replace(VipraConfig.tiny(SPEC), history=(-2, 0))))
+    assert policy.look_back == RecedingHorizon(TemporalEnsemble(policy), 1).look_back == 2
+    assert RecedingHorizon(RandomPolicy(SPEC), 1).look_back == 0
+    policy.reset(0, seed=0)
+
+    def look(*values: int) -> list[int]:
+        pictures = [{"base_camera": np.full((64, 64, 3), value, np.uint8)} for value in values]
+        seen = Observation(images=pictures[0], state=np.zeros(15, np.float32), past=tuple(pictures[1:]))
+        return policy._history.inputs([seen], [0]).images[0, 0, :, 0, 0, 0].tolist()
+
+    assert [look(1), look(8, 7, 6), look(9, 8), look(20, 19, 18, 17)] == [[1, 1], [6, 8], [8, 9], [18, 20]]
+    assert not caplog.records
+    look(30)
+    look(31)
+    assert [record.message[:30] for record in caplog.records] == ["the policy looks 2 steps back "]
 
 
 def test_random_actions_stay_within_bounds():

@@ -118,7 +118,15 @@ def test_the_three_dialects_give_the_same_observation():
         got = observation_from(message)
         np.testing.assert_array_equal(got.images["image"], image)
         np.testing.assert_array_equal(got.state, state)
-        assert got.state.dtype == np.float32 and got.instruction == "go"
+        assert got.state.dtype == np.float32 and got.instruction == "go" and got.past == ()
+
+
+def test_pictures_of_earlier_steps_stay_in_order():
+    images = [{"image": np.full((16, 24, 3), step, np.uint8)} for step in range(12)]
+    got = observation_from({"images": images[0], "past": {str(step): images[step] for step in range(1, 12)}})
+    assert got.images["image"].max() == 0 and [past["image"].max() for past in got.past] == list(range(1, 12))
+    with pytest.raises(WireError, match=r"without a gap, got \[2\]"):
+        observation_from({"past": {"2": images[2]}})
 
 
 @pytest.mark.parametrize(

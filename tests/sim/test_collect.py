@@ -1,6 +1,8 @@
 """From an expert to a dataset that LeRobot itself loads, to a rollout of the policy trained on it."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from headrace.sim.collect import CollectSettings, collect
-from headrace.sim.tasks import find_task
+from headrace.sim.tasks import Task, find_task
 
 pytestmark = [pytest.mark.sim, pytest.mark.render]
 
@@ -85,3 +87,67 @@ def test_train_then_roll_out(demonstrations, tmp_path):
     again = main(["finetune", "--dataset", str(demonstrations), "--out", str(tmp_path / "more"), "--init",
                   str(out / "model"), "--steps", "2", "--batch-size", "2", "--precision", "fp32"])  # fmt: skip
     assert again == 0
+
+
+TOY = """
+import numpy as np
+from headrace.contracts import ActionSpec, Observation
+from headrace.sim.environment import Step
+
+class Toy:
+    spec = ActionSpec(names=("x",), frame="joint", rotation="none", gripper="none", rate=10.0)
+    cameras, state_names = ("eye",), ("x",)
+    def __init__(self, task, **settings): self.reaches = settings.get("reaches", True)
+    def observe(self):
+        return Observation(images={"eye": np.zeros((64, 64, 3), np.uint8)}, state=np.zeros(1, np.float32))
+    def reset(self, seed):
+        self.steps = 0
+        return self.observe()
+    def step(self, action):
+        self.steps += 1
+        return Step(self.observe(), self.reaches and self.steps > 2, {})
+    def close(self): pass
+
+class Expert:
+    def __init__(self, environment): pass
+    def reset(self): pass
+    def act(self): return np.array([0.1], np.float32)
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy_to_collect.py").write_text(TOY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names = {"environment": "toy_to_collect:Toy", "expert": "toy_to_collect:Expert"}
+    return Task(name="Toy", instruction="reach", max_steps=4, settings=(("reaches", True),), **names)
+
+
+def test_an_expert_that_fails_ends_with_a_sentence_and_no_folder(toy, tmp_path, monkeypatch, capsys):
+    import headrace.sim.tasks
+    from headrace.cli.main import main
+
+    never = replace(toy, settings=(("reaches", False),))
+    monkeypatch.setattr(headrace.sim.tasks, "find_task", lambda name: never)
+    assert main(["collect", "--task", "Toy", "--episodes", "5", "--out", str(tmp_path / "out"), "--num-envs", "1"]) == 1
+    assert "only 0 of 25 demonstrations of Toy succeeded" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_ends_with_a_sentence_and_no_folder(toy, tmp_path, monkeypatch, capsys):
+    import headrace.sim.collect
+    import headrace.sim.tasks
+    from headrace.cli.main import main
+
+    def full(dataset, episode):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "episode.parquet")
+
+    monkeypatch.setattr(headrace.sim.tasks, "find_task", lambda name: toy)
+    arguments = ["collect", "--task", "Toy", "--episodes", "2", "--out", str(tmp_path / "out"), "--num-envs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(headrace.sim.collect, "_add", full)
+        assert main(arguments) == 1
+    said = capsys.readouterr().err
+    assert "No space left on device" in said and "free some space" in said
+    assert not (tmp_path / "out").exists()
+    assert main(arguments) == 0 and (tmp_path / "out" / "meta" / "info.json").exists()  # the next try is not in the way

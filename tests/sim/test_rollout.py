@@ -73,6 +73,17 @@ def task(tmp_path, monkeypatch):
     )
 
 
+class Looker(Pusher):
+    """Notes what the present picture and those before it show, two steps back."""
+
+    look_back = 2
+
+    def act(self, observations, slots) -> ActionChunk:
+        for seen in observations:
+            self.batches.append([int(images["eye"][0, 0, 0]) for images in (seen.images, *seen.past)])
+        return ActionChunk(np.full((len(observations), 4, 1), self.value, np.float32), 2.0)
+
+
 def run(task, policy, folder, **settings):
     chosen = {"episodes": 3, "videos": 0, "timeout": 30.0, **settings}
     return roll_out([task], policy, RolloutSettings(**chosen), folder, policy_name="toy")
@@ -226,3 +237,16 @@ def test_a_connection_lost_in_an_episode_costs_that_episode(task, tmp_path):
     assert [bool(row["error"]) for row in rows] == [False, True, False] and "lost ws://" in rows[1]["error"]
     assert (results["errors"], results["successes"]) == (1, 2)
     remote.close()
+
+
+@pytest.mark.parametrize("draws_on_demand", [False, True])
+def test_a_policy_that_looks_back_gets_the_pictures_of_the_steps_before(task, tmp_path, draws_on_demand):
+    source = (tmp_path / "toy_simulator.py").read_text()
+    if draws_on_demand:
+        source = source.replace("self.spec, self", "self.drawing = True; self.spec, self")
+        source = source.replace('images={"eye": picture}', 'images={"eye": picture} if self.drawing else {}')
+    (tmp_path / "looked_at.py").write_text(source)
+    policy = Looker(0.1)  # the picture brightens by 0.05 of 255 a step
+    run(replace(task, environment="looked_at:Toy"), policy, tmp_path / "out", episodes=1)
+    assert policy.batches == [[0], [51, 38, 25]]
+    run(replace(task, environment="looked_at:Toy"), Pusher(0.1), tmp_path / "plain", episodes=1)

@@ -26,7 +26,7 @@ def collect(
         linger: Steps recorded after the first success.
         timeout: Seconds after which a silent simulator counts as hung.
     """
-    from headrace.sim.collect import CollectSettings
+    from headrace.sim.collect import CollectSettings, ExpertFails
     from headrace.sim.collect import collect as run
     from headrace.sim.episode import Perturbation
     from headrace.sim.tasks import find_task
@@ -39,7 +39,11 @@ def collect(
         linger=linger,
         timeout=timeout,
     )
-    done = run(find_task(task), settings, out)
+    try:
+        done = run(find_task(task), settings, out)
+    except ExpertFails as error:
+        print(f"headrace collect: {error}. Nothing was written; `headrace rollout oracle --task {task}` shows why.")
+        return 1
     rate = 60 * done.kept / done.seconds
     print(f"{done.kept} demonstrations ({done.frames} frames) in {done.seconds:.0f} s, {rate:.0f} a minute: {out}")
     return 0

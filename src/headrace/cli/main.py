@@ -1,6 +1,7 @@
 """`headrace COMMAND`: a visible table of commands, each a typed function that is also the Python API."""
 
 import difflib
+import errno
 import os
 import sys
 from importlib import import_module
@@ -87,6 +88,12 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"headrace {name}: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except OSError as error:
+        if os.environ.get("HEADRACE_TRACEBACK"):
+            raise
+        full = error.errno == errno.ENOSPC
+        print(f"headrace {name}: {error}{'; free some space and start again' if full else ''}", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print(f"headrace {name}: stopped", file=sys.stderr)
         return 130

@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from headrace.contracts import ActionChunk, ActionSpec, Observation, Policy
+from headrace.contracts import ActionChunk, ActionSpec, Observation, Policy, look_back
 
 
 class RecedingHorizon:
@@ -27,6 +27,11 @@ class RecedingHorizon:
     def spec(self) -> ActionSpec:
         """The wrapped policy's action convention."""
         return self.policy.spec
+
+    @property
+    def look_back(self) -> int:
+        """As the wrapped policy's."""
+        return look_back(self.policy)
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode."""
@@ -59,6 +64,11 @@ class TemporalEnsemble:
     def spec(self) -> ActionSpec:
         """The wrapped policy's action convention."""
         return self.policy.spec
+
+    @property
+    def look_back(self) -> int:
+        """As the wrapped policy's."""
+        return look_back(self.policy)
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: earlier chunks are forgotten."""

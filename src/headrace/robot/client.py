@@ -67,6 +67,12 @@ class RemotePolicy:
             raise ValueError(f"{url} does not tell its action convention; pass spec=ActionSpec(...)")
         self.spec = spec if spec is not None else ActionSpec.from_dict(dict(self.metadata["action_spec"]))
 
+    @property
+    def look_back(self) -> int:
+        """Control steps before the present whose pictures the server wants too."""
+        told = self.metadata.get("look_back", 0)
+        return told if isinstance(told, int) and told > 0 else 0
+
     def _connect(self) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
         try:
@@ -141,6 +147,8 @@ class RemotePolicy:
             "slot": slot,
             **self._extra,
         }
+        if observation.past:
+            message["past"] = {str(step): images for step, images in enumerate(observation.past, 1)}
         if slot in self._starts:
             message["start"] = self._starts.pop(slot)
         return message

@@ -6,13 +6,14 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from headrace.contracts import ActionChunk, Observation, Policy
+from headrace.contracts import ActionChunk, Observation, Policy, look_back
 from headrace.robot.action_queue import ActionQueue
 from headrace.robot.arm import Arm, ArmFault, ArmState
 from headrace.robot.safety import SafetyFilter, SafetyLimits
@@ -126,6 +127,7 @@ class Thinker:
         self.chunks = 0
         self.thinking: list[float] = []
         self._newest: tuple[ArmState, np.ndarray] | None = None
+        self._seen: deque[ArmState] = deque(maxlen=1 + int(np.ceil(look_back(policy) * config.rate / policy.spec.rate)))
         self._wake, self._stop = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="policy", daemon=True)
 
@@ -136,6 +138,7 @@ class Thinker:
 
     def offer(self, state: ArmState, commanded: np.ndarray) -> None:
         """The newest reading, and the joint targets in force."""
+        self._seen.append(state)
         self._newest = (state, commanded)
         self._wake.set()
 
@@ -167,7 +170,10 @@ class Thinker:
     def _think(self, state: ArmState, commanded: np.ndarray) -> None:
         begin = time.perf_counter()
         observation = Observation(
-            images=state.images, state=state.joints.astype(np.float32), instruction=self.config.instruction
+            images=state.images,
+            state=state.joints.astype(np.float32),
+            instruction=self.config.instruction,
+            past=self._past(state),
         )
         if self.chunks and self.policy.spec.frame == "joint" and isinstance(self.policy, PrefixPolicy):
             delay = int(np.ceil(max(self.thinking[-5:]) / self.queue.period))
@@ -184,6 +190,13 @@ class Thinker:
         # The first chunk starts when it is there: the arm has stood still meanwhile.
         self.queue.merge(targets, state.time if self.chunks else time.perf_counter(), time.perf_counter())
         self.chunks += 1
+
+    def _past(self, state: ArmState) -> tuple[dict[str, np.ndarray], ...]:
+        """Pictures at the policy's own control steps before `state`, from the readings nearest to them."""
+        seen = list(self._seen)
+        times = [state.time - step * self.queue.period for step in range(1, look_back(self.policy) + 1)]
+        reached = [t for t in times if seen[0].time <= t + 0.5 * self.queue.period]
+        return tuple(min(seen, key=lambda reading: abs(reading.time - t)).images for t in reached)
 
 
 def drive(

@@ -1,5 +1,6 @@
 """Loaded checkpoints and simple stand-ins as `headrace.contracts.Policy`."""
 
+import logging
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from headrace.robot.lerobot_checkpoint import load_network
 from headrace.robot.vipra import VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput, VipraActor
 from headrace.robot.vipra_bins import VipraBins
+
+log = logging.getLogger(__name__)
 
 
 class RandomPolicy:
@@ -40,7 +43,10 @@ class RandomPolicy:
 
 
 class ObservationHistory:
-    """Observations as what a network sees; keeps each slot's past frames.
+    """Observations as what a network sees.
+
+    Earlier frames come with the observation. Of a source that sends none they are those of earlier calls, which is
+    right only where every control step is a call; a warning says so once.
 
     Args:
         model: The network; inputs go to its device.
@@ -48,7 +54,9 @@ class ObservationHistory:
 
     def __init__(self, model: VipraActor) -> None:
         self.model, self.config = model, model.config
-        self._frames: dict[int, deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=1 - self.config.history[0]))
+        self.look_back = -self.config.history[0]
+        self._frames: dict[int, deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=1 + self.look_back))
+        self._told = False
 
     def reset(self, slot: int) -> None:
         """Forget a slot's frames."""
@@ -62,25 +70,35 @@ class ObservationHistory:
         """
         pictures = []
         for observation, slot in zip(observations, slots, strict=True):
-            frames = self._frames[slot]
-            frames.append(self._pictures(observation))
-            past = [frames[max(len(frames) - 1 + step, 0)] for step in self.config.history]
-            pictures.append(np.stack(past, 1))
+            frames = self._frames[slot]  # the oldest first
+            if observation.past:
+                frames.clear()
+                frames.extend(self._pictures(images) for images in observation.past[: self.look_back][::-1])
+            elif frames and self.look_back and not self._told:
+                self._told = True
+                log.warning(
+                    "the policy looks %d steps back and gets no earlier pictures; those of earlier calls stand in, "
+                    "which is right only if every control step is a call",
+                    self.look_back,
+                )
+            frames.append(self._pictures(observation.images))
+            seen = [frames[max(len(frames) - 1 + step, 0)] for step in self.config.history]
+            pictures.append(np.stack(seen, 1))
         device = self.model.device
         images = torch.from_numpy(np.stack(pictures)).to(device, non_blocking=True)
         states = np.stack([self._state(observation) for observation in observations])
         text = self.model.encode_text([observation.instruction for observation in observations])
         return PolicyInput(images, torch.from_numpy(states).to(device), text.to(device))
 
-    def _pictures(self, observation: Observation) -> np.ndarray:
+    def _pictures(self, images: dict[str, np.ndarray]) -> np.ndarray:
         config = self.config
-        absent = [camera for camera in config.cameras if camera not in observation.images]
+        absent = [camera for camera in config.cameras if camera not in images]
         if absent:
             raise ValueError(
                 f"the policy needs the cameras {', '.join(config.cameras)}; "
-                f"the observation has {', '.join(observation.images) or 'none'}"
+                f"the observation has {', '.join(images) or 'none'}"
             )
-        pictures = [observation.images[camera] for camera in config.cameras]
+        pictures = [images[camera] for camera in config.cameras]
         size = config.camera_size
         for camera, picture in zip(config.cameras, pictures, strict=True):
             if picture.shape != (size, size, 3):
@@ -132,6 +150,11 @@ class FlowPolicy:
     def horizon(self) -> int:
         """Actions per chunk."""
         return self.model.config.decoder.horizon
+
+    @property
+    def look_back(self) -> int:
+        """Control steps before the present that the network sees."""
+        return self._history.look_back
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: no history, noise from `seed`."""
@@ -195,6 +218,11 @@ class BinsPolicy:
     def horizon(self) -> int:
         """Actions per chunk."""
         return self.model.config.horizon
+
+    @property
+    def look_back(self) -> int:
+        """Control steps before the present that the network sees."""
+        return self._history.look_back
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode; nothing is drawn, so the seed changes nothing."""

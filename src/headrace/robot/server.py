@@ -24,7 +24,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from headrace.contracts import Policy
+from headrace.contracts import Policy, look_back
 from headrace.robot.batching import Answer, Batcher, PolicyFailed
 from headrace.robot.server_metrics import ServerMetrics
 from headrace.robot.wire import Limits, WireError, observation_from, pack, unpack
@@ -137,6 +137,7 @@ class PolicyServer:
             "server": "headrace",
             "policy": self.config.name,
             "action_spec": spec,
+            "look_back": look_back(self.policy),
             "max_slots": self.config.max_slots,
             "type": "hello",
             "payload": {"harness_version": "headrace", "protocol_version": 1, "model_server": self.config.name},

@@ -7,6 +7,7 @@ that vla-eval 0.8 sends as PNG or JPEG are understood too (vla_eval/protocol/ima
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from headrace.contracts import Observation
 
+EARLIER = re.compile(r"(?:.*/)?past/([1-9][0-9]?)/[^/]+")  # pictures of earlier steps
 DTYPES = frozenset(("|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8", "<u8", "<f2", "<f4", "<f8"))
 
 
@@ -168,7 +170,8 @@ def observation_from(message: Any) -> Observation:
     """Read an observation from a message in openpi's, vla-eval's or our own form.
 
     Pictures are arrays of shape (H, W, 3) or (3, H, W), uint8, under any of `images/NAME`, `observation/NAME`, `image`,
-    nested or flat; the camera's name is the last part. State is the vector under `state`, `states` or
+    nested or flat; the camera's name is the last part. Those of earlier steps are under `past/1/NAME` for the step
+    before, `past/2/NAME` for the one before that. State is the vector under `state`, `states` or
     `observation/state`; the instruction the text under `prompt`, `task_description` or `instruction`.
 
     Raises:
@@ -177,10 +180,14 @@ def observation_from(message: Any) -> Observation:
     if not isinstance(message, dict):
         raise WireError(f"an observation must be a map, got {type(message).__name__}")
     images: dict[str, np.ndarray] = {}
+    past: dict[int, dict[str, np.ndarray]] = {}
     state, instruction = np.zeros(0, dtype=np.float32), ""
     for key, value in _flat(message).items():
         name = key.rsplit("/", 1)[-1]
-        if isinstance(value, np.ndarray) and value.ndim == 3:
+        earlier = EARLIER.fullmatch(key)
+        if earlier and isinstance(value, np.ndarray) and value.ndim == 3:
+            past.setdefault(int(earlier[1]), {})[name] = _camera(key, value)
+        elif isinstance(value, np.ndarray) and value.ndim == 3:
             images[name] = _camera(key, value)
         elif name in ("state", "states"):
             state = _state(key, value)
@@ -192,7 +199,10 @@ def observation_from(message: Any) -> Observation:
             raise WireError(
                 f"{key}: pictures have 3 dimensions and the state vector is called `state`; got {value.shape}"
             )
-    return Observation(images=images, state=state, instruction=instruction)
+    if sorted(past) != list(range(1, len(past) + 1)):
+        raise WireError(f"earlier pictures are numbered 1, 2, 3 ... without a gap, got {sorted(past)}")
+    steps = tuple(past[step] for step in sorted(past))
+    return Observation(images=images, state=state, instruction=instruction, past=steps)
 
 
 def _flat(message: dict, prefix: str = "", depth: int = 0) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class CollectSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
+class ExpertFails(RuntimeError):
+    """A scripted expert succeeds so rarely that a dataset would take forever; no dataset is left behind."""
+
+
 class Collected(NamedTuple):
     """What was collected: demonstrations kept, episodes tried, frames written, seconds spent."""
 
@@ -59,7 +63,7 @@ def demonstrations(task: Task, settings: CollectSettings, workers: list[Worker])
     """Successful demonstrations in the order of their seeds' completion; gives up when most attempts fail.
 
     Raises:
-        RuntimeError: Fewer than one in five of at least 25 attempts succeeded.
+        ExpertFails: Fewer than one in five of at least 25 attempts succeeded.
     """
     seeds, kept, tried = deque(range(settings.seed, settings.seed + 10 * settings.episodes + 25)), 0, 0
     for worker in workers:
@@ -73,7 +77,8 @@ def demonstrations(task: Task, settings: CollectSettings, workers: list[Worker])
                 episode = None
                 worker.restart()
             if tried >= 25 and kept < tried / 5:
-                raise RuntimeError(f"only {kept} of {tried} demonstrations of {task.name} succeeded")
+                why = f"; the last one: {episode.error}" if episode is not None and episode.error else ""
+                raise ExpertFails(f"only {kept} of {tried} demonstrations of {task.name} succeeded{why}")
             worker.send("demonstrate", seeds.popleft(), settings.perturbation, settings.linger, settings.seed)
             if episode is not None and episode.error is None and episode.success.at_end:
                 kept += 1
@@ -106,7 +111,8 @@ def collect(task: Task, settings: CollectSettings, folder: Path) -> Collected:
 
     Raises:
         FileExistsError: `folder` holds something already, or another run is writing it.
-        RuntimeError: Too few demonstrations succeed.
+        ExpertFails: Too few demonstrations succeed.
+        OSError: The disk is full; nothing counts as a dataset then.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; give a new --out, or remove that folder")

@@ -1,8 +1,10 @@
 """One episode in one environment: driven by chunks of actions from outside, or by the task's scripted expert."""
 
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from headrace.sim.environment import InvalidAction
 from headrace.sim.success import SuccessReading, SuccessRule, read_success, stops_early
 from headrace.sim.tasks import Task, make_environment, make_expert
 from headrace.sim.video import write_mp4
+
+LONGEST_LOOK_BACK = 64  # control steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class EpisodeRunner:
         self.task, self.rule, self.recording = task, rule or task.success_rule, False
         self.environment: Any = make_environment(task)
         self.episode = Episode(seed=0)
+        self._pictures: deque[dict[str, np.ndarray]] = deque(maxlen=LONGEST_LOOK_BACK + 1)  # empty where not drawn
         self._expert: Any = None
 
     def describe(self) -> dict[str, Any]:
@@ -90,17 +95,24 @@ class EpisodeRunner:
         self._draw(True)
         observation = self.environment.reset(seed)
         self.episode = Episode(seed=seed, instruction=observation.instruction)
+        self._pictures.clear()
         self._note(observation)
         return observation
 
-    def run(self, actions: np.ndarray) -> tuple[Observation | None, bool]:
-        """Send actions one by one until they or the episode end; returns the last observation and whether it ended."""
+    def run(self, actions: np.ndarray, look_back: int = 0) -> tuple[Observation | None, bool]:
+        """Send actions one by one until they or the episode end; returns the last observation and whether it ended.
+
+        The observation brings the pictures of `look_back` steps before it.
+        """
+        observation: Observation | None = None
         for left, action in zip(reversed(range(len(actions))), actions, strict=True):
-            self._draw(self.recording or left == 0)
+            self._draw(self.recording or left <= look_back)
             observation = self._step(action, action)
             if observation is None or self._ended():
                 return observation, True
-        return observation, False
+        if observation is None:
+            raise ValueError("a chunk needs at least one action, got none")
+        return replace(observation, past=self._past(look_back)), False
 
     def finish(self, video: str | None = None) -> Episode:
         """The finished episode without its frames; writes them to `video` (first camera) if a path is given."""
@@ -169,11 +181,16 @@ class EpisodeRunner:
         flags = self.episode.flags
         return len(flags) >= self.task.max_steps or (flags[-1] and stops_early(self.rule))
 
+    def _past(self, look_back: int) -> tuple[dict[str, np.ndarray], ...]:
+        drawn = takewhile(bool, islice(reversed(self._pictures), 1, None))
+        return tuple(islice(drawn, look_back))
+
     def _draw(self, wanted: bool) -> None:
         if hasattr(self.environment, "drawing"):
             self.environment.drawing = wanted
 
     def _note(self, observation: Observation) -> None:
         self.episode.states.append(observation.state)
+        self._pictures.append(observation.images)
         if self.recording:
             self.episode.frames.append(observation.images)

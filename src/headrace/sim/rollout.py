@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, require_same_spec
+from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, look_back, require_same_spec
 from headrace.sim.episode import Episode
 from headrace.sim.results import hardware, summarise, total, versions
 from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, write_json
@@ -177,7 +177,7 @@ class Rollout:
             return
         for slot, actions in zip(slots, chunk.actions, strict=True):
             slot.milliseconds.append(round(chunk.milliseconds, 3))
-            self._send(slot, "run", np.asarray(actions))
+            self._send(slot, "run", np.asarray(actions), look_back(self.policy))
 
     def _failed(
         self, slot: _Slot, reason: str, busy: list[_Slot], waiting: deque[tuple[int, int]]
