@@ -32,7 +32,7 @@ from headrace.datasets.flowlearn.targets import CONCEPTS, MOST_NODES, node_facts
 from headrace.training.batches import seed_of
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
-from headrace.vlm.chart_heads import ChartHeads, Facts, concept_rows, gathered
+from headrace.vlm.chart_heads import ChartHeads, Facts, LookupHeads, concept_rows, gathered
 from headrace.vlm.chart_questions import Packed, block_mask, chart_tokenizer, pack, training_questions
 from headrace.vlm.conv_stem import StemConfig
 from headrace.vlm.video_language_model import PromptTemplate, VideoLanguageConfig, VideoLanguageModel
@@ -62,17 +62,17 @@ class Recipe:
     out: Path
     data: tuple[Path, ...] = ()
     size: int = 512
-    stem: tuple[int, ...] = (32, 48, 64, 128, 256)
-    stem_blocks: tuple[int, ...] = (0, 0, 1, 2, 1)
-    width: int = 256
+    stem: tuple[int, ...] = (24, 32, 48, 96, 192)
+    stem_blocks: tuple[int, ...] = (0, 0, 1, 1, 0)
+    width: int = 192
     vision_layers: int = 6
-    text_width: int = 192
+    text_width: int = 144
     text_layers: int = 4
     steps: int = 1000
     batch_size: int = 32
     lr: float = 1e-3
     full_share: float = 0.1
-    statements: int = 4
+    statements: int = 3
     long_share: float = 0.5
     seed: int = 0
     threads: int = 1
@@ -202,9 +202,12 @@ class Training(nn.Module):
         super().__init__()
         self.model = model
         self.heads = ChartHeads(model.encoder.width)
+        self.lookup = LookupHeads(model.language.config.hidden_size)
         self.concepts = nn.Linear(CONCEPTS, model.language.config.hidden_size)
         nn.init.normal_(self.concepts.weight, std=0.3)
         letters = model.tokenizer.convert_tokens_to_ids(list(LETTERS))
+        self.letter_of = torch.full((len(model.tokenizer),), -1)
+        self.letter_of[letters] = torch.arange(len(LETTERS))
         with torch.no_grad():  # a box's letter looks like the letter in a question; its neighbours' are turned copies
             written = 30 * model.language.get_input_embeddings().weight[letters].T
             for part in range(3):
@@ -294,17 +297,21 @@ class Training(nn.Module):
         prefix = inputs.shape[1] - packed.ids.shape[1]
         position = torch.cat([torch.arange(prefix).expand(len(rows), -1), prefix + packed.offset], dim=1)
         mask = block_mask(packed.block, prefix)
-        hidden = language.base_model(
-            inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=False
-        ).last_hidden_state[:, prefix:]
+        states = language.base_model(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=position, use_cache=False, output_hidden_states=True
+        )
+        hidden, middle = states.last_hidden_state[:, prefix:], language.config.num_hidden_layers // 2
+        looked_up, compared = (states.hidden_states[layer][:, prefix:] for layer in (middle, middle + 1))
+        lookup = self.lookup.losses(looked_up, compared, self.letter_of[packed.ids], packed.block, _facts(batch))
         here = packed.target != -100
         logits, target = language.get_output_embeddings()(hidden[here]).float(), packed.target[here]
         entropy = F.cross_entropy(logits, target, reduction="none")
         weight = packed.weight[here]
         judged = torch.isin(target, torch.tensor(self.model.encode_text("truefalse")))
         right = (logits.argmax(-1) == target).float()
-        return {"total": (entropy * weight).sum() / weight.sum(), "answers": entropy.mean().detach(),
-                "judged": right[judged].mean(), "token_right": right.mean()}  # fmt: skip
+        total = (entropy * weight).sum() / weight.sum() + 0.1 * lookup["known"] + lookup["pair"]
+        return {"total": total, "answers": entropy.mean().detach(), "judged": right[judged].mean(),
+                "token_right": right.mean(), **lookup}  # fmt: skip
 
 
 def _facts(batch: dict[str, Tensor]) -> Facts:
@@ -323,9 +330,9 @@ def _doubted(rows: Tensor, generator: torch.Generator) -> Tensor:
 def _parameters(training: Training, stage: Stage) -> list[nn.Module]:
     model = training.model
     return {
-        "language": [model.language, training.concepts],
+        "language": [model.language, training.concepts, training.lookup],
         "encoder": [model.encoder, training.heads],
-        "joint": [model.language, model.encoder, model.projector, training.heads],
+        "joint": [model.language, model.encoder, model.projector, training.heads, training.lookup],
     }[stage]
 
 

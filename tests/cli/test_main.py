@@ -51,3 +51,9 @@ def test_wrong_arguments_give_status_2(capsys):
 
 def test_two_word_commands_are_found():
     assert find_command(["rollout", "x", "y"]) == ("rollout", ["x", "y"])
+
+
+def test_a_reader_that_leaves_is_no_error():
+    shell = f"{sys.executable} -m headrace.cli.main tasks | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1

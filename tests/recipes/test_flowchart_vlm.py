@@ -75,8 +75,9 @@ def test_packed_questions_cost_what_each_costs_alone(script, recipe):
     count = model.encoder.tokens_per_picture
     rows = torch.randn(1, count, recipe.text_width)
     packed = script.pack([asked], model.tokenizer, after=script.TEMPLATE.after)
+    batch = packed._asdict() | script._stacked([script.node_facts(facts.graph, facts.boxed)])
     with torch.no_grad():
-        together = training._answers(rows, packed._asdict())["answers"].item()
+        together = training._answers(rows, batch)["answers"].item()
         total, scored = 0.0, 0
         for question, answer in asked:
             one = model.example(question, answer)
@@ -114,3 +115,22 @@ def test_three_stages_give_a_model_that_the_runner_scores(script, recipe, charts
 def test_joint_stage_asks_for_the_other_two(script, recipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="run --stage language first"):
         script.main(replace(recipe, out=tmp_path))
+
+
+def test_lookup_heads_ask_for_the_box_of_each_letter_and_its_arrows_with_the_first(script):
+    from headrace.vlm.chart_heads import Facts, LookupHeads
+
+    letter = torch.tensor([[0, 1, 2, -100]])  # A -> B, C -> A
+    out, into = torch.zeros(2, 1, 4, 26)
+    out[0, 0, 1] = into[0, 1, 0] = out[0, 2, 0] = into[0, 0, 2] = 1
+    facts = Facts(letter, out, into, torch.zeros(1, 4), torch.zeros(1, 2), torch.zeros(1))
+    heads = LookupHeads(8)
+    letters = torch.tensor([[0, -1, 1, 2, 25, 0]])
+    block = torch.tensor([[0, 0, 0, 1, 1, -1]])
+    told = []
+    heads.known.register_forward_hook(lambda module, args, result: torch.full_like(result, -20.0).requires_grad_())
+    heads.pair.register_forward_hook(lambda module, args, result: told.append(1) or result * 0)
+    losses = heads.losses(torch.randn(1, 6, 8), torch.randn(1, 6, 8), letters, block, facts)
+    # A, B and C are asked, with 2, 1 and 1 neighbours that -20 denies; Z is no box, the last A is padding
+    assert losses["known"].item() == pytest.approx(20 * 4 / 3, rel=1e-4)
+    assert losses["pair"].item() == pytest.approx(0.6931, rel=1e-3) and told  # B after A; C is its question's first

@@ -83,6 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
     function = getattr(import_module(module), attribute)
     try:
         status = tyro.cli(function, prog=f"headrace {name}", args=rest)
+    except BrokenPipeError:  # whoever read our output has seen enough: `headrace tasks | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_OK
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, ConnectionError) as error:
         if os.environ.get("HEADRACE_TRACEBACK"):
             raise

@@ -76,7 +76,7 @@ def training_questions(
         long_share: Chance that Mermaid code is asked for; half of it for a description.
 
     Returns:
-        The benchmark's questions, and as an exercise where the arrows of three boxes lead.
+        The benchmark's questions, and as an exercise where the arrows of every box lead.
     """
     asked = [("num_nodes", "", str(len(graph.nodes))), ("num_arrows", "", str(len(graph.edges)))]
     if boxed is not None:
@@ -93,14 +93,14 @@ def training_questions(
         asked.append(("description", "", describe(written).strip()))
     made = [Question(uid="", dataset="", variant="", split="", image="", task=t, question=q, answer=a)
             for t, q, a in asked]  # fmt: skip
-    return [(prompts.ask(question), question.answer) for question in made] + _neighbours(written, rng)
+    return [(prompts.ask(question), question.answer) for question in made] + _neighbours(written)
 
 
-def _neighbours(graph: Graph, rng: random.Random) -> list[tuple[str, str]]:
-    """An exercise that no benchmark asks: where the arrows of a box lead, for three boxes."""
+def _neighbours(graph: Graph) -> list[tuple[str, str]]:
+    """An exercise that no benchmark asks: where the arrows of a box lead."""
     label = graph.label
     found = []
-    for node in rng.sample(graph.nodes, min(3, len(graph.nodes))):
+    for node in graph.nodes:
         reached = [label[edge.target] for edge in graph.edges if edge.source == node.id]
         found.append((f"{node.label}?", " ".join(reached) or "-"))
     return found

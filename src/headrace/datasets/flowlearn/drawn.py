@@ -102,10 +102,12 @@ def _inner(node: Node) -> tuple[int, int, int, int]:
 def letter_pictures(charts: list[DrawnChart], *, each: int = 8) -> dict[str, list[Pixels]]:
     """Pictures of the letters, trimmed to their ink, from charts drawn at natural size."""
     found: dict[str, list[Pixels]] = {letter: [] for letter in LETTERS}
+    # How tall a box is depends on the browser's fonts; charts that were shrunk have lower ones.
+    natural = max((node.box[3] - node.box[1] for chart in charts for node in chart.graph.nodes), default=0.0) - 0.5
     for chart in charts:
         for node in chart.graph.nodes:
             kept = found.get(node.label)
-            if kept is None or len(kept) >= each or node.box[3] - node.box[1] < 33.9:
+            if kept is None or len(kept) >= each or node.box[3] - node.box[1] < natural:
                 continue
             x0, y0, x1, y1 = _inner(node)
             patch = chart.pixels[y0:y1, x0:x1]
