@@ -331,3 +331,20 @@ def test_the_asynchronous_server_takes_it(trained, tmp_path, monkeypatch):
     raw = {"image": picture, "x.pos": 250.0, "y.pos": 240.0, "task": "turn it"}
     chunk = server._predict_action_chunk(TimedObservation(timestamp=0.0, timestep=0, observation=raw))
     assert len(chunk) == 3 and all(torch.isfinite(action.get_action()).all() for action in chunk)
+
+
+def test_vla_evals_bridge_gives_the_actions_of_lerobots_own_pipeline(trained):
+    bridge = pytest.importorskip("vla_eval.model_servers.lerobot")
+    folder = trained["network"]
+    server = bridge.LeRobotModelServer("vipra", str(folder), device="cpu")
+    policy, noise = server._policy, torch.randn(1, 14, 2, generator=torch.Generator().manual_seed(5))
+    whole = policy.predict_action_chunk
+    noise = noise[:, : policy.config.chunk_size]
+    policy.predict_action_chunk = lambda batch: whole(batch, noise=noise)
+    random = np.random.default_rng(2)
+    picture = random.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)
+    state = np.array([280.0, 190.0], np.float32)
+    told = server.predict({"images": {"primary": picture}, "states": state, "task_description": "turn it"}, None)
+    observation = Observation(images={"image": picture}, state=state, instruction="turn it")
+    np.testing.assert_allclose(told["actions"], lerobot_actions(folder, observation, noise)[0], rtol=1e-4, atol=1e-2)
+    assert server.chunk_size == policy.config.n_action_steps
