@@ -324,6 +324,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
         precision=recipe.precision,
         settings={"stage": stage, "size": recipe.size, "pictures": len(pictures), "source": recipe.source},
         progress=False,
+        find_unused=training is not None,
     )
     assert fitted.ema is not None
     with fitted.ema.applied_to(model if training is None else training):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -6,6 +8,9 @@ from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.flowtok_config import FlowTokConfig
 from headrace.tokenizers.flowtok_critic import CriticConfig, ImageTokenizerTraining
 from headrace.tokenizers.tokenflow_critic import PatchCritic
+from headrace.training.batches import batches
+from headrace.training.log import read_log
+from headrace.training.loop import fit
 
 
 class Blurred(nn.Module):
@@ -33,10 +38,12 @@ def batch(training):
 def test_the_critic_enters_at_its_step_and_each_net_gets_its_own_gradient(training):
     images, text = batch(training)
     first = training(images, text)
-    assert "critic" not in first
+    assert all(first[name] == 0 for name in ("adversarial", "critic", "lecam"))
     terms = first["squared"] + 1.1 * first["perceptual"] + 1e-6 * first["kl"]
     assert first["total"].item() == pytest.approx(terms.item(), abs=1e-6)
     second = training(images, text)
+    assert second.keys() == first.keys()
+    assert second["critic"] > 0
     second["adversarial"].backward(retain_graph=True)
     assert all(p.grad is None for p in training.critic.parameters())
     assert training.model.image.decoder.smooth.weight.grad.abs().max() > 0
@@ -44,6 +51,33 @@ def test_the_critic_enters_at_its_step_and_each_net_gets_its_own_gradient(traini
     second["critic"].backward()
     assert all(p.grad is None for p in training.model.parameters())
     assert any(p.grad.abs().max() > 0 for p in training.critic.parameters())
+
+
+def test_a_run_goes_on_when_the_critic_starts(training, tmp_path):
+    class Noise:
+        def __len__(self):
+            return 6
+
+        def batch(self, indices):
+            return torch.rand(len(indices), 3, 32, 32)
+
+    def loss(model, images, generator):
+        return model(images, model.model.text_tokens(["red square top left"] * len(images)), generator)
+
+    before = copy.deepcopy(training.critic.state_dict())
+    trained = [*training.model.image.parameters(), *training.critic.parameters()]
+    fit(
+        training,
+        loss,
+        torch.optim.AdamW(trained, lr=1e-3),
+        batches(Noise(), 3, seed=0),
+        steps=3,
+        out=tmp_path,
+        progress=False,
+    )
+    rows = read_log(tmp_path / "log.jsonl")
+    assert [row["critic"] > 0 for row in rows] == [False, True, True]
+    assert not torch.equal(training.critic.net[0].weight, before["net.0.weight"])
 
 
 def test_lecam_is_zero_where_verdicts_do_not_stray_and_grows_where_they_do(training):

@@ -81,6 +81,9 @@ class ImageTokenizerTraining(nn.Module):
     def forward(self, images: Tensor, text: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Terms of one step by name, and `total`: the tokenizer's loss plus, once started, the critic's own.
 
+        The names are the same at every step; `adversarial`, `critic` and `lecam` are 0 before the critic starts, and
+        its weights get no gradient there, so several processes need `find_unused`.
+
         Args:
             images: (B, 3, S, S) in [0, 1].
             text: Text tower tokens of their captions, (B, K, C).
@@ -100,6 +103,7 @@ class ImageTokenizerTraining(nn.Module):
         )
         terms = {"squared": base.squared, "perceptual": base.perceptual, "kl": base.kl}
         total = base.total
+        terms |= dict.fromkeys(("adversarial", "critic", "lecam"), total.new_zeros(()))
         if self.updates >= config.start:
             made, real = 2 * base.decoded - 1, 2 * images - 1
             terms["adversarial"] = -without_gradient_to(self.critic, made).mean()
