@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from headrace.cli.rollout import checkpoint_of
 from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, SpecMismatch
 from headrace.sim.rollout import RolloutSettings, roll_out
 from headrace.sim.run_folder import claim, read_episodes
@@ -168,6 +169,35 @@ def test_a_folder_of_another_run_is_refused(task, tmp_path):
     run(task, Pusher(), tmp_path / "out")
     with pytest.raises(FileExistsError, match=r"policy: 'toy' before, 'other' now"):
         roll_out([task], Pusher(), RolloutSettings(episodes=1), tmp_path / "out", policy_name="other")
+
+
+def test_a_checkpoint_trained_anew_under_the_old_name_is_refused(task, tmp_path):
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(2000))
+    settings = RolloutSettings(episodes=1, videos=0)
+
+    def again():
+        known = {"policy_name": str(folder), "checkpoint": checkpoint_of(str(folder))}
+        return roll_out([task], Pusher(), settings, tmp_path / "out", **known)
+
+    again()
+    (folder / "README.md").write_text("no part of what the policy does")
+    assert again()["successes"] == 1
+    (folder / "model.safetensors").write_bytes(bytes(1000) + b"x" + bytes(999))  # one byte, in the middle
+    with pytest.raises(FileExistsError, match=r"checkpoint: '\w{16}' before, '\w{16}' now"):
+        again()
+    assert checkpoint_of("random") == checkpoint_of("ws://127.0.0.1:8000") == ""
+
+
+def test_a_finished_run_that_is_asked_for_again_keeps_what_it_measured(task, tmp_path):
+    first = run(task, Pusher(), tmp_path / "out")
+    again = run(task, policy := Pusher(), tmp_path / "out")
+    assert policy.batches == [] and again["seconds"] == first["seconds"] > 0.1
+    assert again["action_names"] == again["state_names"] == ["x"]
+    more = run(task, Pusher(), tmp_path / "out", episodes=4)
+    assert more["seconds"] > first["seconds"] and more["episodes"] == 4
 
 
 def test_two_runs_into_one_folder_are_refused(task, tmp_path):

@@ -33,7 +33,8 @@ def rollout(
 ) -> int:
     """Run a policy in one or several tasks; writes results.json, episodes.jsonl, videos and report.html.
 
-    A run that was cut off goes on where it stopped when the same command is given again.
+    A run that was cut off goes on where it stopped when the same command is given again; a checkpoint that has changed
+    since is refused.
 
     Args:
         policy: Checkpoint folder, Hub id, ws://host:port of a policy server, `random`, or `oracle` where a task has a
@@ -81,6 +82,7 @@ def rollout(
         policy_name=policy,
         command=shlex.join(["headrace", *sys.argv[1:]]),
         policy_settings=chosen if policy not in ("random", "oracle") else {},
+        checkpoint=checkpoint_of(policy),
         simulators=simulators,
         **on_ray(policy, tasks, chosen, workers=ray, address=ray_address),
     )
@@ -118,6 +120,20 @@ def on_ray(policy: str, tasks: list[Any], chosen: dict[str, Any], *, workers: in
             ClusterRollout, cluster=cluster, make_policy=partial(make_policy, policy, tasks, chosen)
         )
     }
+
+
+def checkpoint_of(policy: str) -> str:
+    """Fingerprint of the files that a policy's name stands for; empty for one without files.
+
+    Raises:
+        FileNotFoundError: No such folder or hub id.
+    """
+    if policy in ("random", "oracle") or policy.startswith(("ws://", "wss://")):
+        return ""
+    from headrace.nn.fingerprint import folder_fingerprint
+    from headrace.nn.pretrained import resolve_folder
+
+    return folder_fingerprint(resolve_folder(policy))
 
 
 def settings_of(**chosen: Any) -> dict[str, Any]:

@@ -15,13 +15,14 @@ from tqdm import tqdm
 from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, look_back, require_same_spec
 from headrace.sim.episode import Episode
 from headrace.sim.results import hardware, summarise, total, versions
-from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, write_json
+from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, read_json, write_json
 from headrace.sim.success import SuccessRule
 from headrace.sim.tasks import Task, require_ready
 from headrace.sim.workers import Simulators, Worker, WorkerFailed, ready
 
 START_UP = 900.0  # seconds; a loaded machine imports a simulator slowly
 EPISODES_FILE, RESULTS_FILE = "episodes.jsonl", "results.json"
+OF_THE_EPISODES = ("date", "hardware", "versions", "action_names", "state_names")  # of when they were made, not told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,10 @@ class Rollout:
         settings: Number of episodes, seeds, processes.
         folder: Where `episodes.jsonl` and `videos/` go; must be held with `claim`.
         simulators: The processes to run in; they stay open.
+
+    Attributes:
+        described: What the environment declares; empty until one was asked.
+        made: Episodes that `run` added to the folder.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Rollout:
         self.simulators = simulators
         self.rule: SuccessRule = settings.success_rule or task.success_rule
         self.described: dict[str, Any] = {}
+        self.made = 0
 
     def run(self) -> list[dict[str, Any]]:
         """Run all episodes that the folder does not hold yet; returns every row, in order of the seeds."""
@@ -94,6 +100,7 @@ class Rollout:
             for row in self.episodes(waiting):
                 append_line(path, row)
                 rows.append(row)
+                self.made += 1
                 bar.update()
                 bar.set_postfix_str(f"success {sum(r['success'] for r in rows)}/{len(rows)}")
             bar.close()
@@ -255,6 +262,7 @@ def roll_out(
     policy_name: str,
     command: str = "",
     policy_settings: dict[str, Any] | None = None,
+    checkpoint: str = "",
     make_rollout: Callable[[Task, Policy | None, RolloutSettings, Path, Simulators], Rollout] = Rollout,
     simulators: Simulators | None = None,
 ) -> dict[str, Any]:
@@ -270,6 +278,8 @@ def roll_out(
         policy_name: What the user called the policy.
         command: The command line, for the report.
         policy_settings: Solver, chunk execution and the like, for the report and for comparing when resuming.
+        checkpoint: Fingerprint of the policy's files, for comparing when resuming: a name may stand for a policy that
+            was trained anew. Empty where there are none.
         make_rollout: Where the episodes run; here by default, `headrace.sim.cluster` spreads them.
         simulators: Processes that are there already; they are closed at the end.
 
@@ -283,23 +293,29 @@ def roll_out(
         "policy_settings": policy_settings or {},
         "seed": settings.seed,
         "success_rule": settings.success_rule,
-    }
+    } | ({"checkpoint": checkpoint} if checkpoint else {})
     with simulators or Simulators() as simulators, claim(folder), cores_left(settings.num_envs):
         check_same_run(folder, identity)
+        earlier = read_json(folder / RESULTS_FILE)
+        spent = {row["task"]: row["seconds"] for row in earlier.get("tasks", [])}
         results: list[dict[str, Any]] = []
         described: dict[str, Any] = {}
+        made = 0
         for task in tasks:
             started = time.perf_counter()
             rollout = make_rollout(task, policy, settings, folder, simulators)
             rows = rollout.run()
             described = rollout.described or described
-            results.append(summarise(task.name, rows, seconds=time.perf_counter() - started))
+            seconds = spent.get(task.name, 0.0) + (time.perf_counter() - started if rollout.made else 0.0)
+            results.append(summarise(task.name, rows, seconds=seconds))
+            made += rollout.made
         episodes = sum(r["episodes"] for r in results)
         summary = results[0] if len(results) == 1 else {"task": ",".join(t.name for t in tasks), **total(results)}
         report = {
             **summary,
             "policy": policy_name,
             "policy_settings": policy_settings or {},
+            "checkpoint": checkpoint,
             "settings": asdict(settings),
             "command": command,
             "date": time.strftime("%Y-%m-%d"),
@@ -310,5 +326,7 @@ def roll_out(
             "tasks": results,
             "average_success_rate": sum(r["success_rate"] for r in results) / len(results) if episodes else None,
         }
+        if not made:
+            report |= {key: earlier[key] for key in OF_THE_EPISODES if key in earlier}
         write_json(folder / RESULTS_FILE, report)
     return report

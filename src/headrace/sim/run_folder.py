@@ -57,6 +57,15 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that `write_json` wrote; empty where there is none, or what is there cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON under a temporary name, then rename."""
     temporary = path.with_name(f".{path.name}.part")
