@@ -21,6 +21,10 @@ def observation(size: int = 64, camera: str = "base_camera", state: int = 15) ->
     )
 
 
+def grey() -> Observation:
+    return Observation(images={"base_camera": np.zeros((64, 64), np.uint8)}, state=np.zeros(15, np.float32))
+
+
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
@@ -58,7 +62,7 @@ def test_actions_are_brought_to_the_controller():
     ("seen", "message"),
     [
         (observation(camera="wrist"), "needs the cameras base_camera; the observation has wrist"),
-        (observation(size=32), r"\(64, 64, 3\) pictures, got \(32, 32, 3\)"),
+        (grey(), r"uint8 pictures \(height, width, 3\), got uint8 \(64, 64\)"),
         (observation(state=3), "state of 15 numbers, got 3"),
     ],
 )
@@ -123,6 +127,16 @@ def test_history_is_of_control_steps_where_the_observation_brings_them(caplog):
     look(30)
     look(31)
     assert [record.message[:30] for record in caplog.records] == ["the policy looks 2 steps back "]
+
+
+def test_pictures_of_another_size_are_stretched_as_training_reads_them(folder):
+    import cv2
+
+    policy, wide = load_policy(str(folder)), np.random.default_rng(0).integers(0, 256, (48, 96, 3), dtype=np.uint8)
+    policy.reset(0, seed=0)
+    inputs = policy._history.inputs([Observation(images={"base_camera": wide}, state=np.zeros(15, np.float32))], [0])
+    wanted = cv2.resize(wide, (64, 64), interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(inputs.images[0, 0, 0].numpy(), wanted)
 
 
 def test_random_actions_stay_within_bounds():

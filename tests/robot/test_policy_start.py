@@ -1,9 +1,11 @@
 """From a pretrained network and LeRobot demonstrations to a policy that acts."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -18,13 +20,12 @@ FPS = 20
 QUICK = FinetuneSettings(steps=2, batch_size=4, lr=1e-3, precision="fp32", ema=0.5, checkpoint_every=2, log_every=1)
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
+def recorded(root: Path, high: int = 64, wide: int = 64) -> Path:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    root, random = tmp_path_factory.mktemp("demos") / "set", np.random.default_rng(0)
+    random, names = np.random.default_rng(0), ["height", "width", "channel"]
     features = {
-        f"observation.images.{name}": {"dtype": "image", "shape": (64, 64, 3), "names": ["height", "width", "channel"]}
+        f"observation.images.{name}": {"dtype": "image", "shape": (high, wide, 3), "names": names}
         for name in ("base", "wrist")
     }
     features["observation.state"] = {"dtype": "float32", "shape": (4,), "names": list("abcd")}
@@ -32,13 +33,18 @@ def dataset(tmp_path_factory) -> Path:
     made = LeRobotDataset.create("local/demos", FPS, features, root=root, use_videos=False)
     for episode in range(3):
         for _ in range(6):
-            frame = {key: random.integers(0, 256, (64, 64, 3), np.uint8) for key in list(features)[:2]}
+            frame = {key: random.integers(0, 256, (high, wide, 3), np.uint8) for key in list(features)[:2]}
             frame["observation.state"] = random.normal(size=4).astype(np.float32)
             frame["action"] = random.normal(size=3).astype(np.float32)
             made.add_frame({**frame, "task": ["push the cube", "lift it"][episode % 2]})
         made.save_episode()
     made.finalize()
     return root
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    return recorded(tmp_path_factory.mktemp("demos") / "set")
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +163,46 @@ def test_adapters_learn_alone_and_are_merged_when_saved(dataset, pretrained, tmp
         mine = model.eval().backbone(inputs_embeds=rows).last_hidden_state
         theirs = plain.backbone(inputs_embeds=rows).last_hidden_state
     torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_camera_that_is_not_square_trains_and_acts(tmp_path, pretrained):
+    wide = recorded(tmp_path / "wide", high=48, wide=96)
+    model, data, _ = prepare([wide], Start(size="tiny"))
+    assert data.image_size == (72, 72) and model.config.crop == (4, 4)  # the whole picture and a margin
+    train_policy(model, data, QUICK, tmp_path / "run")
+    policy = load_policy(str(tmp_path / "run" / "model"))
+    images = {name: np.zeros((48, 96, 3), np.uint8) for name in ("base", "wrist")}
+    policy.reset(0, seed=0)
+    assert policy.act([Observation(images=images, state=np.zeros(4, np.float32))], [0]).actions.shape[0] == 1
+    _, data, _ = prepare([wide], Start(init=str(pretrained)))
+    assert data.image_size == (64, 64)
+    with pytest.raises(ValueError, match="96 x 48 px; with a crop say to which --camera-size"):
+        prepare([wide], Start(size="tiny", crop=(0, 0)))
+    cut, data, _ = prepare([wide], Start(size="tiny", camera_size=100, crop=(30, 36)))
+    assert data.image_size == (100, 100) and cut.config.crop == (30, 36)
+
+
+def test_a_crop_alone_keeps_square_pictures_as_stored(dataset):
+    model, data, _ = prepare([dataset], Start(size="tiny", crop=(0, 0)))
+    assert data.image_size == (64, 64) and model.config.camera_size == 64
+
+
+def test_a_checkpoint_refuses_demonstrations_of_other_actions_and_names_new_words(tmp_path, caplog):
+    folder = recorded(tmp_path / "set")
+    model, _, _ = prepare([folder], Start(size="tiny"))
+    model.save_pretrained(tmp_path / "policy")
+    again = Start(init=str(tmp_path / "policy"))
+    with pytest.raises(ValueError, match="says itself what it sees; leave out camera_size"):
+        prepare([folder], replace(again, camera_size=80))
+    tasks = folder / "meta" / "tasks.parquet"
+    prepare([folder], again)
+    assert not caplog.records
+    frame = pandas.read_parquet(tasks)
+    frame.index = ["push the cube", "open it"]
+    frame.to_parquet(tasks)
+    prepare([folder], again)
+    assert "knows no 'open'" in caplog.text
+    other = replace(model.config.action_spec, rate=5.0, controller="pd_joint_pos").to_dict()
+    (folder / "meta" / "headrace.json").write_text(json.dumps({"spec": other}))
+    with pytest.raises(ValueError, match=r"recorded with other actions.*rate: policy 20\.0, environment 5\.0"):
+        prepare([folder], again)

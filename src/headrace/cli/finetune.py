@@ -14,6 +14,8 @@ def finetune(
     bins: int = 2047,
     demonstrations: int | None = None,
     history: tuple[int, ...] | None = None,
+    camera_size: int | None = None,
+    crop: tuple[int, int] | None = None,
     override: tuple[Literal["history", "rate"], ...] = (),
     lam: Path | None = None,
     lora: int = 0,
@@ -36,6 +38,9 @@ def finetune(
         bins: Bins per number, for `bins`.
         demonstrations: Episodes of each dataset; all if not given.
         history: Frames seen, such as -1 0, where it is to differ from pretraining's (needs --override history).
+        camera_size: From scratch, pictures are stretched to this side [px]; by default the whole picture is shrunk to
+            what the network sees and a margin.
+        crop: (left, top) of the square that the network sees of it [px]; the middle by default.
         override: Differences from pretraining that are wanted.
         lam: Latent action model that the pretraining must have learned from; another one is refused.
         lora: Rank of low-rank adapters on the transformer, which then stays as it is; 0 trains everything.
@@ -61,6 +66,8 @@ def finetune(
         bins=bins,
         demonstrations=demonstrations,
         history=history,
+        camera_size=camera_size,
+        crop=crop,
         override=override,
         lam_hash=None if lam is None else model_hash(LatentActionModel.from_pretrained(lam)),
         seed=seed,

@@ -75,6 +75,7 @@ def read_demonstrations(
     *,
     horizon: int = 14,
     history: Sequence[int] = (0,),
+    image_size: tuple[int, int] | None = None,
     demonstrations: int | None = None,
 ) -> Mixture | LeRobotDemos:
     """Datasets, one or several, read for a policy.
@@ -83,6 +84,7 @@ def read_demonstrations(
         sources: Folders or hub ids.
         config: The checkpoint that is trained further; cameras, sizes and windows are its own.
         horizon, history: Windows where there is no checkpoint yet.
+        image_size: (height, width) to which pictures are stretched there [px]; None keeps the stored size.
         demonstrations: So many episodes of each dataset, from its first; None for all.
 
     Raises:
@@ -91,7 +93,7 @@ def read_demonstrations(
     """
     if not sources:
         raise ValueError("name at least one dataset")
-    options: dict[str, Any] = {"horizon": horizon, "history": tuple(history)}
+    options: dict[str, Any] = {"horizon": horizon, "history": tuple(history), "image_size": image_size}
     if config is not None:
         options = {
             "horizon": horizon_of(config),

@@ -6,6 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class ObservationHistory:
         """Inputs of the present step; frames before an episode's first are taken to equal it.
 
         Raises:
-            ValueError: A camera is missing, a picture has another size, or the state another length.
+            ValueError: A camera is missing, a picture is not uint8 RGB, or the state has another length.
         """
         pictures = []
         for observation, slot in zip(observations, slots, strict=True):
@@ -98,12 +99,18 @@ class ObservationHistory:
                 f"the policy needs the cameras {', '.join(config.cameras)}; "
                 f"the observation has {', '.join(images) or 'none'}"
             )
-        pictures = [images[camera] for camera in config.cameras]
-        size = config.camera_size
-        for camera, picture in zip(config.cameras, pictures, strict=True):
-            if picture.shape != (size, size, 3):
-                raise ValueError(f"camera {camera} must give ({size}, {size}, 3) pictures, got {picture.shape}")
-        return np.stack(pictures)
+        return np.stack([self._stretched(camera, images[camera]) for camera in config.cameras])
+
+    def _stretched(self, camera: str, picture: np.ndarray) -> np.ndarray:
+        """The picture at the network's size, as training reads it (`headrace.datasets.frame_cache`)."""
+        size = self.config.camera_size
+        if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+            raise ValueError(
+                f"camera {camera} must give uint8 pictures (height, width, 3), got {picture.dtype} {picture.shape}"
+            )
+        if picture.shape[:2] == (size, size):
+            return picture
+        return cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
 
     def _state(self, observation: Observation) -> np.ndarray:
         names = self.config.state_names
@@ -165,7 +172,7 @@ class FlowPolicy:
         """Action chunks, shape (B, H, A), within the spec's bounds; gripper either fully open or fully closed.
 
         Raises:
-            ValueError: A camera is missing, a picture has another size, or the state another length.
+            ValueError: A camera is missing, a picture is not uint8 RGB, or the state has another length.
         """
         return self._chunk(observations, slots, lambda inputs, noise: self.model.sample(inputs, noise, self.solver))
 

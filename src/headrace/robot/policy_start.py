@@ -1,5 +1,6 @@
 """Where a policy begins: from scratch, from a policy, or from a network that was pretrained on videos."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,20 +9,25 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from headrace.contracts import SpecMismatch, require_same_spec
 from headrace.datasets.lerobot_demos import LeRobotDemos
+from headrace.datasets.lerobot_files import find_cameras, read_info, resolve_dataset
 from headrace.datasets.mixture import Mixture
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.nn.pretrained import read_config, resolve_folder
 from headrace.robot.action_bins import ActionBinsConfig
 from headrace.robot.action_decoder import ActionDecoderConfig
 from headrace.robot.carry_over import CarriedOver, carry_over, require_same_conditions
-from headrace.robot.finetune import fit_to_data, read_demonstrations, spec_of
+from headrace.robot.finetune import fit_to_data, instructions_of, read_demonstrations, recorded_spec, spec_of
 from headrace.robot.lerobot_checkpoint import load_network
-from headrace.robot.sizes import policy_config
+from headrace.robot.sizes import image_size, policy_config
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_bins import VipraBins, VipraBinsConfig
 from headrace.robot.vipra_config import ActorConfig, TrunkConfig, shared_fields
 from headrace.robot.vipra_pretraining import VipraPretraining
+from headrace.robot.vipra_trunk import words_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,9 @@ class Start:
         bins: Per dimension, for `bins`.
         demonstrations: Episodes of each dataset; None for all.
         history: Frames seen, where it is to differ from pretraining's.
+        camera_size: Side to which pictures are stretched from scratch [px]; None shrinks the whole picture to what the
+            network sees and a margin for random shifts, or keeps square ones where `crop` is given.
+        crop: (left, top) of the square that the network sees of that [px]; the middle by default.
         override: Differences from pretraining that are wanted: `history`, `rate`.
         lam_hash: The latent action model that pretraining must have had; None for any.
         carry: Whether the pretrained weights are taken over; without, the same network starts from scratch.
@@ -48,6 +57,8 @@ class Start:
     bins: int = 2047
     demonstrations: int | None = None
     history: tuple[int, ...] | None = None
+    camera_size: int | None = None
+    crop: tuple[int, int] | None = None
     override: tuple[str, ...] = ()
     lam_hash: str | None = None
     carry: bool = True
@@ -84,22 +95,23 @@ def prepare(sources: Sequence[str | Path], start: Start) -> Prepared:
         if written_by == VipraPretraining.__name__:
             return _from_pretraining(sources, VipraPretraining.from_pretrained(folder), start)
         policy = VipraBins.from_pretrained(folder) if written_by == VipraBins.__name__ else load_network(folder)
+        _refuse_options(start)
         data = read_demonstrations(sources, policy.config, demonstrations=start.demonstrations)
+        _require_meaning(policy.config, data)
         return Prepared(policy.train(), data, None)
-    first = LeRobotDemos(sources[0])
-    size = _square(first)
-    config = policy_config(start.size, spec_of(first.folder, first), cameras=first.cameras, camera_size=size)
+    size = _camera_size(sources[0], start)
+    first = LeRobotDemos(sources[0], image_size=(size, size))
+    spec = spec_of(first.folder, first)
+    config = policy_config(start.size, spec, cameras=first.cameras, camera_size=size, crop=start.crop)
     return _with_data(config, sources, start)
 
 
 def _from_pretraining(sources: Sequence[str | Path], source: VipraPretraining, start: Start) -> Prepared:
     seen, record = source.config, source.config.record
-    first = LeRobotDemos(sources[0])
+    _refuse_options(start)
+    first = LeRobotDemos(sources[0], image_size=(seen.camera_size, seen.camera_size))
     history = start.history or seen.history
     require_same_conditions(record, history=history, rate=first.fps, lam_hash=start.lam_hash, override=start.override)
-    size = _square(first)
-    if size != seen.camera_size:
-        raise ValueError(f"the network was pretrained on pictures of {seen.camera_size} px, the cameras give {size} px")
     spec = spec_of(first.folder, first)
     trunk = shared_fields(seen, TrunkConfig) | {"cameras": first.cameras, "history": history}
     config = VipraConfig(
@@ -119,19 +131,54 @@ def _from_pretraining(sources: Sequence[str | Path], source: VipraPretraining, s
 
 def _with_data(config: VipraConfig, sources: Sequence[str | Path], start: Start) -> Prepared:
     data = read_demonstrations(
-        sources, horizon=config.decoder.horizon, history=config.history, demonstrations=start.demonstrations
+        sources,
+        horizon=config.decoder.horizon,
+        history=config.history,
+        image_size=(config.camera_size, config.camera_size),
+        demonstrations=start.demonstrations,
     )
+    _require_meaning(config, data)
     config = fit_to_data(config, data, config.action_spec)
     torch.manual_seed(start.seed)
     model = VipraPolicy(config) if start.head == "flow" else VipraBins(with_bins(config, data, bins=start.bins))
     return Prepared(model.train(), data, None)
 
 
-def _square(data: LeRobotDemos) -> int:
-    height, width = data.image_size or (0, 0)
+def _camera_size(source: str | Path, start: Start) -> int:
+    if start.camera_size is not None:
+        return start.camera_size
+    if start.crop is None:
+        seen = image_size(start.size)
+        return seen + seen // 8
+    folder = resolve_dataset(source)
+    features = read_info(folder)["features"]
+    height, width = features[find_cameras(features, None, folder)[0]]["shape"][:2]
     if height != width:
-        raise ValueError(f"the cameras give {height} x {width} px; policies take square pictures, so crop them first")
-    return height
+        raise ValueError(
+            f"the cameras give {width} x {height} px; with a crop say to which --camera-size they are stretched first"
+        )
+    return int(height)
+
+
+def _refuse_options(start: Start) -> None:
+    given = [name for name in ("camera_size", "crop") if getattr(start, name) is not None]
+    if given:
+        raise ValueError(f"{start.init} says itself what it sees; leave out {', '.join(given)}")
+
+
+def _require_meaning(config: ActorConfig, data: Mixture | LeRobotDemos) -> None:
+    """Refuse demonstrations that were recorded with other actions; name words that the policy will not understand."""
+    for dataset in data.datasets if isinstance(data, Mixture) else [data]:
+        recorded = recorded_spec(dataset.folder)
+        if recorded is None:
+            continue
+        try:
+            require_same_spec(config.action_spec, recorded)
+        except SpecMismatch as error:
+            raise ValueError(f"{dataset.folder} was recorded with other actions: {error}") from error
+    unknown = [word for word in words_of(instructions_of(data)) if word not in config.words]
+    if config.words and unknown:
+        log.warning("the policy knows no %s; it reads them all as one unknown word", ", ".join(map(repr, unknown)))
 
 
 def with_bins(config: VipraConfig, data: Mixture | LeRobotDemos, *, bins: int = 2047) -> VipraBinsConfig:

@@ -79,6 +79,11 @@ def _image(
     return ImageTokensConfig.tiny(width=width)
 
 
+def image_size(size: str) -> int:
+    """Side of the picture that a network of a named size sees [px]."""
+    return {"tiny": 64, "small": 128, "published": 224}[size]
+
+
 def policy_config(
     size: str,
     spec: ActionSpec,
