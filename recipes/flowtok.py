@@ -28,7 +28,7 @@ from headrace.datasets.captioned_shapes import Captioned, CaptionedShapes
 from headrace.nn.perceptual import EfficientNetLite0, LpipsVGG
 from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.flowtok_config import TINY_WORDS, FlowTokConfig
-from headrace.tokenizers.flowtok_critic import ImageTokenizerTraining
+from headrace.tokenizers.flowtok_critic import CriticConfig, ImageTokenizerTraining
 from headrace.tokenizers.flowtok_image import Posterior
 from headrace.tokenizers.flowtok_loss import (
     image_to_text_loss,
@@ -52,6 +52,7 @@ class Settings:
     `uncaptioned` is the share of pictures that the image tokenizer decodes with an empty caption: without any, a small
     decoder draws the caption and lets the tokens be. `divergence` weighs the image tokens' KL: its gradient is tiny but
     always points the same way, and while the picture says nothing yet Adam follows it until noise covers the tokens.
+    `adversarial_start` is the update from which the image tokenizer's critic counts, where there is one.
     """
 
     steps: int
@@ -66,6 +67,7 @@ class Settings:
     ema: float = 0.9999
     uncaptioned: float = 0.0
     divergence: float = 1e-6
+    adversarial_start: int = 200_000
 
 
 # Image tokenizer: TA-TiTok's single-stage recipe. Flow: the released configuration. Text stages: not published, ours.
@@ -97,6 +99,7 @@ TINY: dict[Stage, Settings] = {
         ema=0.99,
         uncaptioned=0.5,
         divergence=0.0,
+        adversarial_start=50,
     ),
     "text-to-image": Settings(steps=1000, batch=64, lr=1e-3, warmup=50, cosine=True, floor=0.05, clip=1.0, ema=0.99),
     "text-tokenizer": Settings(steps=300, batch=64, lr=3e-3, warmup=20, cosine=True, floor=0.05, clip=1.0, ema=0.99),
@@ -274,17 +277,21 @@ def trained_parts(stage: Stage, model: FlowTok) -> list[nn.Module]:
     return [captioner.projector, captioner.decoder] if stage == "text-tokenizer" else [captioner.velocity]
 
 
-def with_critic(recipe: Recipe, model: FlowTok) -> ImageTokenizerTraining | None:
+def with_critic(recipe: Recipe, settings: Settings, model: FlowTok) -> ImageTokenizerTraining | None:
     """The image tokenizer beside its perceptual network and critic, or None where the recipe wants neither."""
     kind = recipe.perceptual
     if kind == "auto":
         kind = "none" if recipe.size == "tiny" else "efficientnet"
     if kind == "none":
         return None
-    if kind == "lpips" and recipe.vgg is None:
+    if kind == "efficientnet":
+        perceptual: nn.Module = EfficientNetLite0.from_package()
+    elif recipe.vgg is not None:
+        perceptual = LpipsVGG.from_files(recipe.vgg)
+    else:
         raise SystemExit("--perceptual lpips needs --vgg FILE")
-    perceptual = LpipsVGG.from_files(recipe.vgg) if recipe.vgg is not None else EfficientNetLite0.from_package()
-    return ImageTokenizerTraining(model, perceptual=perceptual, critic=PatchCritic())
+    config = CriticConfig(start=settings.adversarial_start, kl=settings.divergence)
+    return ImageTokenizerTraining(model, perceptual=perceptual, critic=PatchCritic(), config=config)
 
 
 def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
@@ -298,7 +305,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     data = pictures if stage == "image-tokenizer" else CodedPictures(model.eval(), pictures)
     warmup = min(settings.warmup, steps // 4)
     ids = model.captions.ids
-    training = with_critic(recipe, model) if stage == "image-tokenizer" else None
+    training = with_critic(recipe, settings, model) if stage == "image-tokenizer" else None
     if training is not None:
         parameters += list(training.critic.parameters())
     fitted = fit(

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from headrace.datasets.captioned_shapes import CAPTIONS
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
 from headrace.tokenizers.flowtok import FlowTok
+from headrace.tokenizers.tokenflow_critic import PatchCritic
+from headrace.training.log import read_log
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "flowtok.py"
 
@@ -36,12 +39,29 @@ def test_the_critic_trains_beside_the_image_tokenizer(recipe, tmp_path, monkeypa
         def forward(self, a, b):
             return (a - b).square().mean((1, 2, 3))
 
+    critics = []
+
+    def critic():
+        made = PatchCritic(width=8, layers=2)
+        critics.append((made, made.net[0].weight.detach().clone()))
+        return made
+
     monkeypatch.setattr(recipe.EfficientNetLite0, "from_package", lambda: Plain())
-    settings = recipe.Recipe(out=tmp_path, steps=2, batch=4, pictures=36, perceptual="efficientnet")
+    monkeypatch.setattr(recipe, "PatchCritic", critic)
+    tiny = recipe.TINY["image-tokenizer"]
+    assert tiny.adversarial_start < tiny.steps
+    monkeypatch.setitem(recipe.TINY, "image-tokenizer", dataclasses.replace(tiny, adversarial_start=2))
+    unread = tmp_path / "no.pth"  # the perceptual network is the one asked for, whatever files are at hand
+    settings = recipe.Recipe(out=tmp_path, steps=3, batch=4, pictures=36, perceptual="efficientnet", vgg=unread)
     model = recipe.new_model(settings)
     assert recipe.train_stage(settings, "image-tokenizer", model) > 0
+    ((trained, before),) = critics
+    assert not torch.equal(trained.net[0].weight, before)
+    assert [row["critic"] > 0 for row in read_log(tmp_path / "image-tokenizer" / "log.jsonl")] == [False, True, True]
+    assert recipe.with_critic(settings, tiny, model).config.kl == tiny.divergence
+    assert recipe.with_critic(recipe.Recipe(out=tmp_path), tiny, model) is None
     with pytest.raises(SystemExit, match="--vgg"):
-        recipe.with_critic(recipe.Recipe(out=tmp_path, perceptual="lpips"), model)
+        recipe.with_critic(recipe.Recipe(out=tmp_path, perceptual="lpips"), tiny, model)
 
 
 def test_published_settings_cover_every_stage(recipe):
