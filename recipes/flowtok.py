@@ -10,6 +10,7 @@ the same code; the published data (DataComp and others, 10^9 pictures) is not to
     python recipes/flowtok.py --out runs/flowtok-xl --size xl --stage image-tokenizer
     headrace flowlearn generate --count 2000 --variant char --out data/charts
     python recipes/flowtok.py --out runs/flowtok-charts --source both --charts data/charts --image-size 64
+    python recipes/flowtok.py --out runs/second --start runs/flowtok/model --stage text-to-image --pictures 5000
 """
 
 import dataclasses
@@ -43,6 +44,8 @@ from headrace.training.schedule import Schedule
 
 Stage = Literal["image-tokenizer", "text-to-image", "text-tokenizer", "image-to-text"]
 STAGES: tuple[Stage, ...] = ("image-tokenizer", "text-to-image", "text-tokenizer", "image-to-text")
+Size = Literal["tiny", "b", "xl", "h"]
+SIZES: tuple[Size, ...] = ("tiny", "b", "xl", "h")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +117,12 @@ class Recipe:
     Attributes:
         out: Run folder; each stage writes into a folder of its name, the model into `model`.
         stage: One stage, or all in order. A later stage starts from `out/model`.
-        size: Configuration; `tiny` is 32 px.
+        start: Folder of an earlier run's model whose weights training begins with, for a second set of data; its
+            captions must cover those of the data.
+        size: Configuration of a new model, default `tiny`, which is 32 px. A model that is read has its own.
         source: Rendered shapes, generated flowcharts, or both with one vocabulary.
         charts: Folder that `headrace flowlearn generate` wrote; needed for flowcharts.
-        image_size: Side [px] other than the configuration's; boxes of a chart want 64 at least.
+        image_size: Side [px] of a new model other than the configuration's; boxes of a chart want 64 at least.
         clip_words: Captions in CLIP's vocabulary with CLIP's weights (fetched from the Hub); else only the words of the
             source.
         pictures: Rendered shapes.
@@ -134,7 +139,8 @@ class Recipe:
 
     out: Path
     stage: Literal["all", "image-tokenizer", "text-to-image", "text-tokenizer", "image-to-text"] = "all"
-    size: Literal["tiny", "b", "xl", "h"] = "tiny"
+    start: Path | None = None
+    size: Size | None = None
     source: Literal["shapes", "charts", "both"] = "shapes"
     charts: Path | None = None
     image_size: int | None = None
@@ -212,9 +218,11 @@ class CodedPictures:
 
 
 def new_model(recipe: Recipe) -> FlowTok:
-    """The untrained model of a recipe."""
+    """The untrained model of a recipe; ends with a message when CLIP's words are asked of the tiny tower."""
+    if recipe.clip_words and recipe.size in (None, "tiny"):
+        raise SystemExit("the tiny text tower is no CLIP; leave out --clip-words")
     torch.manual_seed(recipe.seed)
-    config: FlowTokConfig = getattr(FlowTokConfig, recipe.size)()
+    config: FlowTokConfig = getattr(FlowTokConfig, recipe.size or "tiny")()
     if not recipe.clip_words:
         charted = [] if recipe.source == "shapes" else [word for text in CHART_CAPTIONS for word in text.split()]
         words = tuple(dict.fromkeys([*TINY_WORDS, *charted]))
@@ -224,6 +232,32 @@ def new_model(recipe: Recipe) -> FlowTok:
     model = FlowTok(config)
     if recipe.clip_words:
         model.captions.load_clip()
+    return model
+
+
+def size_of(model: FlowTok) -> Size:
+    """The size whose velocity network the model has; ends with a message if it has another."""
+    for size in SIZES:
+        if getattr(FlowTokConfig, size)().net == model.config.net:
+            return size
+    raise SystemExit(f"the model's velocity network is of none of the sizes {', '.join(SIZES)}: {model.config.net}")
+
+
+def first_model(recipe: Recipe) -> FlowTok:
+    """The model that the first wanted stage trains: a new one, that of `start`, or that of `out/model`.
+
+    Ends with a message when options ask for another size than a model that is read has.
+    """
+    kept = recipe.out / "model"
+    source = kept if recipe.resume and kept.is_dir() else recipe.start
+    if source is None and recipe.stage in ("all", "image-tokenizer"):
+        return new_model(recipe)
+    source = source or kept
+    model = FlowTok.from_pretrained(source)
+    side = model.config.image.image_size
+    for option, wanted, got in (("size", recipe.size, size_of(model)), ("image-size", recipe.image_size, side)):
+        if wanted not in (None, got):
+            raise SystemExit(f"--{option} {wanted}, but the model in {source} has {got}; leave --{option} out")
     return model
 
 
@@ -281,7 +315,7 @@ def with_critic(recipe: Recipe, settings: Settings, model: FlowTok) -> ImageToke
     """The image tokenizer beside its perceptual network and critic, or None where the recipe wants neither."""
     kind = recipe.perceptual
     if kind == "auto":
-        kind = "none" if recipe.size == "tiny" else "efficientnet"
+        kind = "none" if size_of(model) == "tiny" else "efficientnet"
     if kind == "none":
         return None
     if kind == "efficientnet":
@@ -296,7 +330,8 @@ def with_critic(recipe: Recipe, settings: Settings, model: FlowTok) -> ImageToke
 
 def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     """One stage in place, ending with the averaged weights; returns the mean total of the last tenth."""
-    settings = (TINY if recipe.size == "tiny" else PUBLISHED)[stage]
+    size_name = size_of(model)
+    settings = (TINY if size_name == "tiny" else PUBLISHED)[stage]
     steps = recipe.steps or settings.steps
     model.requires_grad_(False)
     parameters = [p for part in trained_parts(stage, model) for p in part.requires_grad_(True).parameters()]
@@ -329,7 +364,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
         clip=settings.clip,
         ema_decay=settings.ema,
         precision=recipe.precision,
-        settings={"stage": stage, "size": recipe.size, "pictures": len(pictures), "source": recipe.source},
+        settings={"stage": stage, "size": size_name, "pictures": len(pictures), "source": recipe.source},
         progress=False,
         find_unused=training is not None,
     )
@@ -347,12 +382,8 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
 
 def main(recipe: Recipe) -> None:
     """Train the wanted stages in order."""
-    if recipe.clip_words and recipe.size == "tiny":
-        raise SystemExit("the tiny text tower is no CLIP; leave out --clip-words")
-    folder = recipe.out / "model"
     wanted = STAGES if recipe.stage == "all" else (recipe.stage,)
-    fresh = recipe.stage in ("all", "image-tokenizer") and not (recipe.resume and folder.is_dir())
-    model = new_model(recipe) if fresh else FlowTok.from_pretrained(folder)
+    model = first_model(recipe)
     for stage in wanted:
         print(json.dumps({"stage": stage, "loss": round(train_stage(recipe, stage, model), 5)}), flush=True)
 

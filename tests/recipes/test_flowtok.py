@@ -34,6 +34,26 @@ def test_every_stage_trains_its_own_part_and_leaves_a_model(recipe, tmp_path, ca
     assert len(model.caption(torch.rand(1, 3, 32, 32), steps=1)) == 1
 
 
+def test_an_earlier_model_goes_on_with_other_data_and_keeps_its_size(recipe, tmp_path):
+    model = recipe.new_model(recipe.Recipe(out=tmp_path, image_size=64))
+    with torch.no_grad():
+        model.image.decoder.mask_token.fill_(0.5)
+    model.save_pretrained(tmp_path / "first")
+    begun = recipe.first_model(recipe.Recipe(out=tmp_path / "new", start=tmp_path / "first"))
+    assert torch.equal(begun.image.decoder.mask_token, model.image.decoder.mask_token)
+    flow = {"out": tmp_path / "second", "start": tmp_path / "first", "stage": "text-to-image"}
+    recipe.main(recipe.Recipe(**flow, steps=1, batch=4, pictures=8))
+    again = FlowTok.from_pretrained(tmp_path / "second" / "model")
+    assert again.config.image.image_size == 64
+    assert torch.equal(again.image.decoder.mask_token, model.image.decoder.mask_token)
+    with pytest.raises(SystemExit, match=r"--size xl, but the model in .*first has tiny; leave --size out"):
+        recipe.main(recipe.Recipe(**flow, size="xl"))
+    with pytest.raises(SystemExit, match=r"--image-size 32, but the model in .*first has 64"):
+        recipe.main(recipe.Recipe(**flow, image_size=32))
+    with pytest.raises(SystemExit, match="--size b"):
+        recipe.main(recipe.Recipe(out=tmp_path / "second", stage="image-to-text", size="b"))
+
+
 def test_the_critic_trains_beside_the_image_tokenizer(recipe, tmp_path, monkeypatch):
     class Plain(torch.nn.Module):
         def forward(self, a, b):
