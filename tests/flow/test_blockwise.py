@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from headrace.flow.blockwise import feature_residual_loss, integrate_blockwise
+from headrace.flow.blockwise import equal_steps, feature_residual_loss, integrate_blockwise, split_grid
 from headrace.flow.solver import NonFiniteVelocity, integrate
 
 BORDERS = (0.0, 0.3, 1.0)
@@ -71,3 +71,28 @@ def test_bad_input_is_refused():
     parts.velocity = lambda x, t, features, segment: x / 0 * 0
     with pytest.raises(NonFiniteVelocity, match="step 0"):
         integrate_blockwise(parts, x, borders=BORDERS, steps_per_segment=2)
+
+
+def test_any_grid_is_followed_and_a_step_belongs_to_the_segment_of_its_start():
+    parts, x = Parts(), torch.zeros(2, 3)
+    integrate_blockwise(parts, x, borders=BORDERS, grid=(0.0, 0.2, 0.5, 1.0), mode="hold")
+    assert parts.seen == [(0, 0.0, 0.0), (0, 0.2, 0.0), (1, 0.5, 0.5)] and parts.trunk_calls == 2
+    ends = [
+        integrate_blockwise(Parts(), x, borders=BORDERS, grid=equal_steps(BORDERS, 3)),
+        integrate_blockwise(Parts(), x, borders=BORDERS, steps_per_segment=3),
+    ]
+    assert torch.equal(*ends)
+
+
+def test_grids_that_leave_out_a_segment_are_refused():
+    assert split_grid((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)) == [(0.0, 0.25, 0.5), (0.5, 0.75, 1.0)]
+    with pytest.raises(ValueError, match="1 steps leave out some of 2 time segments; take at least 2"):
+        split_grid((0.0, 1.0), BORDERS)
+    with pytest.raises(ValueError, match=r"no step of the grid starts in the time segment from 0.3 to 1"):
+        split_grid((0.0, 0.1, 0.2, 1.0), BORDERS)
+    with pytest.raises(ValueError, match=r"segments span 0 to 1, the grid 0 to 0.5"):
+        split_grid((0.0, 0.4, 0.5), BORDERS)
+    with pytest.raises(ValueError, match="either"):
+        integrate_blockwise(Parts(), torch.zeros(2, 3), borders=BORDERS)
+    with pytest.raises(ValueError, match=r"segment's start 0.3, which the grid misses"):
+        integrate_blockwise(Parts(), torch.zeros(2, 3), borders=BORDERS, grid=(0.0, 0.5, 1.0), mode="residual")

@@ -12,6 +12,7 @@ def finetune(
     size: Literal["tiny", "small", "published"] = "small",
     head: Literal["flow", "bins"] = "flow",
     bins: int = 2047,
+    segments: int = 1,
     demonstrations: int | None = None,
     history: tuple[int, ...] | None = None,
     camera_size: int | None = None,
@@ -36,6 +37,7 @@ def finetune(
         size: Network size when from scratch.
         head: `flow` (ViPRA-FM) or `bins` (ViPRA-AR); a policy to go on from has its own.
         bins: Bins per number, for `bins`.
+        segments: Time segments of a new flow head, each with its own blocks (BFM); 1 is ViPRA's.
         demonstrations: Episodes of each dataset; all if not given.
         history: Frames seen, such as -1 0, where it is to differ from pretraining's (needs --override history).
         camera_size: From scratch, pictures are stretched to this side [px]; by default the whole picture is shrunk to
@@ -64,6 +66,7 @@ def finetune(
         size=size,
         head=head,
         bins=bins,
+        segments=segments,
         demonstrations=demonstrations,
         history=history,
         camera_size=camera_size,

@@ -3,7 +3,9 @@
 Source: Blockwise Flow Matching, arXiv 2510.21167; mlvlab/Blockwise-Flow-Matching@5e7ae87 (facts only).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -31,12 +33,58 @@ class BlockwiseParts(Protocol):
         """Velocity by the stack of one segment, shape of `x`."""
 
 
+def split_grid(grid: Sequence[float], borders: Sequence[float]) -> list[tuple[float, ...]]:
+    """The times of each segment's steps, with the end of the last one; a step belongs to the segment of its start.
+
+    Args:
+        grid: Times to visit, rising, from the first border to the last.
+        borders: Segment borders, rising.
+
+    Returns:
+        One rising tuple of at least two times per segment.
+
+    Raises:
+        ValueError: No rise, other ends than the borders', or a segment in which no step starts; says how many steps
+            are needed at least.
+    """
+    times, edges = check_grid(grid), check_grid(borders)
+    if times[0] > times[-1] or edges[0] > edges[-1]:
+        raise ValueError("segment borders and the grid over them must rise")
+    if (times[0], times[-1]) != (edges[0], edges[-1]):
+        raise ValueError(f"the segments span {edges[0]:g} to {edges[-1]:g}, the grid {times[0]:g} to {times[-1]:g}")
+    segments, steps = len(edges) - 1, len(times) - 1
+    if steps < segments:
+        raise ValueError(f"{steps} steps leave out some of {segments} time segments; take at least {segments} steps")
+    runs: list[list[float]] = [[] for _ in range(segments)]
+    for now in times[:-1]:
+        runs[bisect_right(edges, now) - 1].append(now)
+    for run, (start, end) in zip(runs, pairwise(edges), strict=True):
+        if not run:
+            raise ValueError(f"no step of the grid starts in the time segment from {start:g} to {end:g}; add one there")
+    ends = [*(run[0] for run in runs[1:]), times[-1]]
+    return [(*run, end) for run, end in zip(runs, ends, strict=True)]
+
+
+def equal_steps(borders: Sequence[float], steps_per_segment: int) -> tuple[float, ...]:
+    """The grid of equally many equal steps in each segment; raises ValueError for a count below 1."""
+    if steps_per_segment < 1:
+        raise ValueError(f"steps_per_segment must be at least 1, got {steps_per_segment}")
+    edges = check_grid(borders)
+    inner = [
+        start + (end - start) * k / steps_per_segment
+        for start, end in pairwise(edges)
+        for k in range(steps_per_segment)
+    ]
+    return (*inner, edges[-1])
+
+
 def integrate_blockwise(
     parts: BlockwiseParts,
     x: Tensor,
     *,
     borders: Sequence[float],
-    steps_per_segment: int,
+    steps_per_segment: int | None = None,
+    grid: Sequence[float] | None = None,
     mode: FeatureMode = "full",
 ) -> Tensor:
     r"""Euler steps through the segments, with the features made anew or approximated inside each.
@@ -48,24 +96,25 @@ def integrate_blockwise(
         parts: The network.
         x: Noise, shape (B, ...).
         borders: Segment borders, rising.
-        steps_per_segment: Equal steps in each segment.
+        steps_per_segment: Equal steps in each segment; give this or `grid`.
+        grid: Times to visit, from the first border to the last; a step belongs to the segment of its start.
         mode: `full` calls the trunk at every step.
 
     Raises:
-        ValueError: An unknown mode, a step count below 1, or borders that do not rise.
+        ValueError: An unknown mode, both or neither of step count and grid, a step count below 1, borders or a grid
+            that do not rise, a segment without a step, or mode `residual` on a grid that misses a border.
         NonFiniteVelocity: The velocity was NaN or infinite; step and time count within the segment that it names by
             its times.
     """
     if mode not in ("full", "residual", "hold"):
         raise ValueError(f"unknown mode {mode!r} (known: full, residual, hold)")
-    if steps_per_segment < 1:
-        raise ValueError(f"steps_per_segment must be at least 1, got {steps_per_segment}")
-    times = check_grid(borders)
-    if times[0] > times[-1]:
-        raise ValueError("segment borders must rise")
-    for segment in range(len(times) - 1):
-        start, end = times[segment], times[segment + 1]
-        moment = parts.at(time_tensor(x, start))
+    if (steps_per_segment is None) == (grid is None):
+        raise ValueError("give either steps_per_segment or grid")
+    runs = split_grid(equal_steps(borders, steps_per_segment) if steps_per_segment is not None else grid or (), borders)
+    for segment, (run, (start, end)) in enumerate(zip(runs, pairwise(check_grid(borders)), strict=True)):
+        if mode == "residual" and abs(run[0] - start) > 1e-6:
+            raise ValueError(f"the feature residual counts from the segment's start {start:g}, which the grid misses")
+        moment = parts.at(time_tensor(x, run[0]))
         first = parts.features(x, moment)
 
         def at_start(
@@ -91,10 +140,9 @@ def integrate_blockwise(
                 features = first
             return parts.velocity(state, moment, features, segment)
 
-        grid = [start + (end - start) * k / steps_per_segment for k in range(steps_per_segment)] + [end]
-        x = integrate(at_start, x, grid=grid[:2])
-        if steps_per_segment > 1:
-            x = integrate(inside, x, grid=grid[1:])
+        x = integrate(at_start, x, grid=run[:2])
+        if len(run) > 2:
+            x = integrate(inside, x, grid=run[1:])
     return x
 
 

@@ -5,12 +5,17 @@ Source: ViPRA (arXiv 2511.07732; sroutray/vipra@d5d8c0d): ActionEncoder and flow
 # Shape letters: B batch, H horizon, A action dimension, D width.
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from headrace.flow.blockwise import FeatureMode, integrate_blockwise, split_grid
+from headrace.flow.solver import SolverSettings, uniform_grid
+from headrace.flow.time import beta_time, segment_time, uniform_time
+from headrace.nn.blockwise import BlockwiseConfig, BlockwiseVelocity
 from headrace.nn.shapes import expect_shape
 from headrace.nn.time_embedding import sinusoid_features
 
@@ -29,6 +34,9 @@ class ActionDecoderConfig:
         horizon: Actions per chunk.
         sigma_min: Width left around the data at t=1.
         time_features: Frequencies of the time embedding, see `PERIODS`.
+        segments: Equal segments of time with a stack of blocks each in place of the one linear head (BFM); 1 is ViPRA.
+        features: In sampling with segments, hidden states anew at every step (`full`), or the backbone only once a
+            segment (`hold`).
     """
 
     width: int = 4096
@@ -36,6 +44,8 @@ class ActionDecoderConfig:
     horizon: int = 14
     sigma_min: float = 0.001
     time_features: Literal["openpi", "paper"] = "openpi"
+    segments: int = 1
+    features: Literal["full", "hold"] = "full"
 
     def __post_init__(self) -> None:
         if self.horizon < 1 or self.action_dim < 1:
@@ -44,6 +54,24 @@ class ActionDecoderConfig:
             raise ValueError(f"width must be a positive multiple of 4, got {self.width}")
         if self.time_features not in PERIODS:
             raise ValueError(f"unknown time_features {self.time_features!r} (known: {', '.join(PERIODS)})")
+        if self.segments < 1:
+            raise ValueError(f"segments must be at least 1, got {self.segments}")
+        if self.features not in ("full", "hold") or (self.features == "hold" and self.segments == 1):
+            raise ValueError(f"features is 'full', or 'hold' with several segments, got {self.features!r}")
+
+    @property
+    def borders(self) -> tuple[float, ...]:
+        """Times at which segments begin and end, from 0 to 1."""
+        return uniform_grid(self.segments)
+
+    @property
+    def stacks(self) -> BlockwiseConfig:
+        """One block of attention among the actions for each segment; the backbone's hidden states condition it."""
+        width = min(self.width, 256)
+        return BlockwiseConfig(channels=self.action_dim, width=width, heads=1 if width % 32 else width // 32,
+                               grid=(1, self.horizon), trunk_depth=0, velocity_depth=1, residual_depth=0,
+                               borders=self.borders, condition_dim=self.width, modulation_rank=max(1, width // 8),
+                               align_dim=0)  # fmt: skip
 
 
 class ActionDecoder(nn.Module):
@@ -56,7 +84,10 @@ class ActionDecoder(nn.Module):
         self.action_in = nn.Linear(config.action_dim, half)
         self.mix = nn.Linear(2 * half, config.width)
         self.out = nn.Linear(config.width, config.width)
-        self.velocity_out = nn.Linear(config.width, config.action_dim)
+        if config.segments == 1:
+            self.velocity_out = nn.Linear(config.width, config.action_dim)
+        else:
+            self.stacks = BlockwiseVelocity(config.stacks)
 
     def embed(self, noisy: Tensor, t: Tensor) -> Tensor:
         """Tokens of noisy actions.
@@ -88,9 +119,90 @@ class ActionDecoder(nn.Module):
             longest = longest ** (pairs / max(pairs - 1, 1))
         return sinusoid_features(t.float(), features, scale=scale, max_period=longest)
 
-    def velocity(self, hidden: Tensor) -> Tensor:
-        """Velocities in float32, shape (B, H, A), from hidden states at the action positions, shape (B, H, D)."""
-        return self.velocity_out(hidden).float()
+    def velocity(self, hidden: Tensor, noisy: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Velocities in float32, shape (B, H, A).
+
+        Args:
+            hidden: Hidden states at the action positions, shape (B, H, D).
+            noisy, t: What `embed` got; needed with several segments, where each row goes through its time's stack.
+        """
+        if self.config.segments == 1:
+            return self.velocity_out(hidden).float()
+        if noisy is None or t is None:
+            raise ValueError("with several segments the velocity also depends on the noisy actions and the time")
+        return self.stacks(noisy, t, hidden).float()
+
+    def draw_times(self, count: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Training times, shape (count,): ViPRA's Beta, or with segments even draws in each, in random order.
+
+        Fewer draws than segments cannot be split evenly: each is then uniform over all of them, the same law.
+        """
+        if self.config.segments == 1:
+            return beta_time(count, generator=generator, device=device)
+        if count < self.config.segments:
+            return uniform_time(count, generator=generator, device=device)
+        times = segment_time(count, self.config.borders, generator=generator, device=device).t
+        return times[torch.randperm(count, generator=generator, device=device)]
+
+    def require(self, solver: SolverSettings) -> None:
+        """Refuse a solver that does not visit every segment, or that is not Euler where features are held.
+
+        Raises:
+            ValueError: Says how many steps, or which method, it takes.
+        """
+        if self.config.segments == 1:
+            return
+        if self.config.features == "hold" and solver.method != "euler":
+            raise ValueError(f"held features are for Euler steps, not for {solver.method!r}; set features='full'")
+        if solver.times:
+            split_grid(solver.times, self.config.borders)
+
+
+class BoundActions(NamedTuple):
+    """The decoder with its trunk filled in: a velocity, and what `headrace.flow.blockwise` samples.
+
+    Attributes:
+        decoder: The decoder.
+        read: Tokens (B, H, D) to hidden states (B, H, D): the backbone, given a prefix.
+    """
+
+    decoder: ActionDecoder
+    read: Callable[[Tensor], Tensor]
+
+    def __call__(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """Velocities, shape (B, H, A), at noisy actions of that shape and times (B,)."""
+        return self.decoder.velocity(self.features(noisy, t), noisy, t)
+
+    def at(self, t: Tensor) -> Tensor:
+        """The times themselves."""
+        return t
+
+    def features(self, x: Tensor, moment: Tensor) -> Tensor:
+        """Hidden states, shape (B, H, D), at noisy actions and times."""
+        return self.read(self.decoder.embed(x, moment))
+
+    def residual(self, x: Tensor, moment: Tensor) -> Tensor:
+        """There is no feature residual network here."""
+        raise NotImplementedError("action decoders have no feature residual network; sample with features full or hold")
+
+    def velocity(self, x: Tensor, moment: Tensor, features: Tensor, segment: int) -> Tensor:
+        """Velocities in float32, shape (B, H, A), by one segment's stack."""
+        stacks = self.decoder.stacks
+        inner = stacks.embed(moment, features)
+        return stacks.velocity(x, inner, stacks.features(x, inner), segment).float()
+
+    def sample(self, noise: Tensor, solver: SolverSettings) -> Tensor:
+        """Normalised actions, shape (B, H, A), from noise of that shape; raises ValueError as `ActionDecoder.require`.
+
+        Euler steps go through `integrate_blockwise` where there are segments. Other methods find the stack by the time
+        of each call.
+        """
+        config = self.decoder.config
+        self.decoder.require(solver)
+        if config.segments == 1 or solver.method != "euler":
+            return solver.sample(self, noise)
+        mode: FeatureMode = config.features
+        return integrate_blockwise(self, noise, borders=config.borders, grid=solver.times, mode=mode)
 
 
 def time_in_paper_order(mix: Tensor) -> Tensor:

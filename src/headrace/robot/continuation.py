@@ -91,7 +91,11 @@ def sample_after(
         prefix: Raw rows of the chunk being executed, from now on, (B, P, A); P may be 0.
         delay: Rows that will be executed before this chunk arrives.
         limit: Largest factor of the correction.
+
+    Raises:
+        ValueError: The solver leaves out a time segment of the decoder.
     """
+    model.decoder.require(solver)
     with torch.no_grad():
         seen = model.compute_prefix(inputs)
         wanted = model.normalize_action(prefix.to(noise))

@@ -136,6 +136,9 @@ class FlowPolicy:
         solver: How the flow is followed; ten Euler steps are the paper's.
         device: Where it runs; a GPU if there is one.
         precision: `bf16` runs the transformer and the picture encoder under autocast; the flow stays float32.
+
+    Raises:
+        ValueError: The solver leaves out a time segment of the network's decoder.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class FlowPolicy:
         self.device = _place(model, device, precision)
         self.model, self.precision = model, precision
         self.solver = solver or SolverSettings(method="euler", steps=10)
+        model.decoder.require(self.solver)
         self.spec: ActionSpec = model.config.action_spec
         self._history = ObservationHistory(model)
         self._generators: dict[int, torch.Generator] = {}
@@ -271,8 +275,8 @@ def load_policy(source: str, *, solver: SolverSettings | None = None, **options:
 
     Raises:
         FileNotFoundError: No such folder or hub id.
-        ValueError: Not a policy's folder, a truncated file, a checkpoint that was straightened for another grid, or a
-            solver for a policy without a flow.
+        ValueError: Not a policy's folder, a truncated file, a checkpoint that was straightened for another grid, a
+            solver for a policy without a flow, or one that leaves out a time segment.
     """
     folder = resolve_folder(source)
     if read_config(folder).get("model") == VipraBins.__name__:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -48,6 +48,7 @@ class Start:
         lam_hash: The latent action model that pretraining must have had; None for any.
         carry: Whether the pretrained weights are taken over; without, the same network starts from scratch.
         draws: Draws of (time, noise) per sample, for a pretrained network with the flow head.
+        segments: Time segments of a flow head that is made anew (BFM); a policy's checkpoint has its own.
         seed: Of weights that are drawn.
     """
 
@@ -63,11 +64,14 @@ class Start:
     lam_hash: str | None = None
     carry: bool = True
     draws: int = 4
+    segments: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.head not in ("flow", "bins"):
             raise ValueError(f"head is 'flow' or 'bins', got {self.head!r}")
+        if self.segments != 1 and self.head == "bins":
+            raise ValueError("time segments are for the flow head; leave segments at 1 with head 'bins'")
 
 
 class Prepared(NamedTuple):
@@ -96,6 +100,9 @@ def prepare(sources: Sequence[str | Path], start: Start) -> Prepared:
             return _from_pretraining(sources, VipraPretraining.from_pretrained(folder), start)
         policy = VipraBins.from_pretrained(folder) if written_by == VipraBins.__name__ else load_network(folder)
         _refuse_options(start)
+        own = policy.config.decoder.segments if isinstance(policy, VipraPolicy) else 1
+        if start.segments not in (1, own):
+            raise ValueError(f"{start.init} has a decoder of {own} time segments; {start.segments} need a new decoder")
         data = read_demonstrations(sources, policy.config, demonstrations=start.demonstrations)
         _require_meaning(policy.config, data)
         return Prepared(policy.train(), data, None)
@@ -139,6 +146,7 @@ def _with_data(config: VipraConfig, sources: Sequence[str | Path], start: Start)
     )
     _require_meaning(config, data)
     config = fit_to_data(config, data, config.action_spec)
+    config = replace(config, decoder=replace(config.decoder, segments=start.segments))
     torch.manual_seed(start.seed)
     model = VipraPolicy(config) if start.head == "flow" else VipraBins(with_bins(config, data, bins=start.bins))
     return Prepared(model.train(), data, None)

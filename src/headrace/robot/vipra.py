@@ -8,6 +8,7 @@ learned vector for each.
 # Shape letters: B batch, V cameras, T frames of history, N prefix length, H horizon, A action dimension, D width,
 # S state dimension, K draws of (time, noise) per sample.
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,9 @@ from headrace.contracts import ActionSpec
 from headrace.datasets.normalize import Normalizer, NormalizerConfig
 from headrace.flow.loss import flow_matching_loss
 from headrace.flow.path import straight_path
-from headrace.flow.solver import SolverSettings, Velocity
-from headrace.flow.time import beta_time
+from headrace.flow.solver import SolverSettings
 from headrace.nn.image_tokens import ImageTokensConfig
-from headrace.robot.action_decoder import ActionDecoder, ActionDecoderConfig
+from headrace.robot.action_decoder import ActionDecoder, ActionDecoderConfig, BoundActions
 from headrace.robot.action_pass import ActionPass, reads_weights_of
 from headrace.robot.vipra_actor import PolicyInput, Prefix, VipraActor
 from headrace.robot.vipra_config import ActorConfig, Attention, BackboneConfig
@@ -107,7 +107,7 @@ class VipraPolicy(VipraActor):
         """
         hidden = self._read_actions(prefix, self.decoder.embed(noisy, t)[:, None])
         prefix.cache.rewind(prefix.valid.shape[1])
-        return self.decoder.velocity(hidden)
+        return self.decoder.velocity(hidden, noisy, t)
 
     def _read_actions(self, prefix: Prefix, tokens: Tensor) -> Tensor:
         """Hidden states of action tokens, (B, K * H, D), from their embeddings (B, K, H, D).
@@ -133,7 +133,7 @@ class VipraPolicy(VipraActor):
     def velocity_uncached(self, embedded: tuple[Tensor, Tensor], noisy: Tensor, t: Tensor) -> Tensor:
         """The same velocity from one pass over the whole sequence, given what `embed_prefix` returned; for checking."""
         hidden = self._read_whole(embedded, self.decoder.embed(noisy, t), None)
-        return self.decoder.velocity(hidden[:, embedded[1].shape[1] :])
+        return self.decoder.velocity(hidden[:, embedded[1].shape[1] :], noisy, t)
 
     def _read_whole(self, embedded: tuple[Tensor, Tensor], actions: Tensor, cache: KVCache | None) -> Tensor:
         """Hidden states of prefix and action tokens, shape (B, N + H, D), from one pass over both.
@@ -175,11 +175,11 @@ class VipraPolicy(VipraActor):
         prefix = self.compute_prefix(inputs)
         data = self.normalize_action(actions).repeat_interleave(draws, 0)
         noise = torch.randn(data.shape, generator=generator, device=data.device)
-        t = beta_time(data.shape[0], generator=generator, device=data.device)
+        t = self.decoder.draw_times(data.shape[0], generator, data.device)
         point = straight_path(noise, data, t, sigma_min=self.config.decoder.sigma_min)
         tokens = self.decoder.embed(point.x_t, point.t).unflatten(0, (-1, draws))
         hidden = self._read_actions(prefix, tokens)
-        velocity = self.decoder.velocity(hidden.unflatten(1, (draws, horizon)).flatten(0, 1))
+        velocity = self.decoder.velocity(hidden.unflatten(1, (draws, horizon)).flatten(0, 1), point.x_t, point.t)
         weight = None if valid is None else valid.repeat_interleave(draws, 0)[..., None]
         return {"total": flow_matching_loss(velocity, point.target, weight=weight)}
 
@@ -191,31 +191,38 @@ class VipraPolicy(VipraActor):
         computes the action tokens alone.
         """
         embedded = self.embed_prefix(inputs)
-        later: Velocity | None = None
+        later: Callable[[Tensor], Tensor] | None = None
 
-        def velocity(noisy: Tensor, t: Tensor) -> Tensor:
+        def read(tokens: Tensor) -> Tensor:
             nonlocal later
             if later is not None:
-                return later(noisy, t)
+                return later(tokens)
             cache, start = KVCache(), embedded[1].shape[1]
-            hidden = self._read_whole(embedded, self.decoder.embed(noisy, t), cache)
+            hidden = self._read_whole(embedded, tokens, cache)
             cache.rewind(start)
             later = self._later_steps(Prefix(cache, embedded[1], hidden[:, start - 1]))
-            return self.decoder.velocity(hidden[:, start:])
+            return hidden[:, start:]
 
-        return self.normalize_action.inverse(solver.sample(velocity, noise))
+        return self.normalize_action.inverse(BoundActions(self.decoder, read).sample(noise, solver))
 
-    def _later_steps(self, prefix: Prefix) -> Velocity:
-        """The velocity given a prefix, for many calls; without gradients."""
-        if not reads_weights_of(self.backbone):
-            return lambda noisy, t: self.velocity(prefix, noisy, t)
-        causal, horizon = self.config.action_attention == "causal", self.config.decoder.horizon
-        steps = ActionPass(self.backbone, prefix.cache, prefix.valid, horizon=horizon, causal=causal)
-        return lambda noisy, t: self.decoder.velocity(steps(self.decoder.embed(noisy, t)))
+    def _later_steps(self, prefix: Prefix) -> Callable[[Tensor], Tensor]:
+        """Action tokens (B, H, D) to their hidden states given a prefix, for many calls; without gradients."""
+        if reads_weights_of(self.backbone):
+            causal, horizon = self.config.action_attention == "causal", self.config.decoder.horizon
+            return ActionPass(self.backbone, prefix.cache, prefix.valid, horizon=horizon, causal=causal)
+
+        def read(tokens: Tensor) -> Tensor:
+            hidden = self._read_actions(prefix, tokens[:, None])
+            prefix.cache.rewind(prefix.valid.shape[1])
+            return hidden
+
+        return read
 
     @torch.inference_mode()
     def sample_uncached(self, inputs: PolicyInput, noise: Tensor, solver: SolverSettings) -> Tensor:
         """`sample` without the cache: pictures are encoded once, the transformer reads the prefix at every step."""
         embedded = self.embed_prefix(inputs)
-        normalised = solver.sample(lambda x, t: self.velocity_uncached(embedded, x, t), noise)
-        return self.normalize_action.inverse(normalised)
+        bound = BoundActions(
+            self.decoder, lambda tokens: self._read_whole(embedded, tokens, None)[:, embedded[1].shape[1] :]
+        )
+        return self.normalize_action.inverse(bound.sample(noise, solver))
