@@ -6,6 +6,7 @@ import torch
 from headrace.nn.time_embedding import sinusoid_features
 from headrace.tokenizers.flowtok_bridge import swap_flagged, transport
 from headrace.tokenizers.flowtok_captions import CaptionConfig
+from headrace.tokenizers.flowtok_image import Posterior
 from headrace.tokenizers.flowtok_import import flow_name, from_official, official_state
 from headrace.tokenizers.flowtok_loss import flow_terms
 
@@ -49,6 +50,8 @@ def test_image_encoder(golden):
     close(posterior.mean, tokens(tensors["out/tok/mean"]))
     close(posterior.logvar, tokens(tensors["out/tok/logvar"]))
     close(posterior.sample(tokens(tensors["in/tok/noise"])), tokens(tensors["out/tok/z"]))
+    each = [Posterior(*(part[:, k : k + 1] for part in posterior)).kl() for k in range(posterior.mean.shape[1])]
+    close(torch.stack(each, dim=1), tensors["out/tok/kl"])
     close(posterior.kl(), tensors["out/tok/kl"].sum(-1))
 
 
@@ -104,6 +107,8 @@ def test_loss_and_gradients(golden, case):
     close(terms.contrastive, tensors[out + "contrastive"])
     close(terms.kl * model.config.kl_weight, tensors[out + "kld"])
     assert model.config.kl_weight == size["kld_weight"] and model.config.align_weight == size["contrastive_weight"]
+    shared = model.config.align_weight * terms.contrastive + model.config.kl_weight * terms.kl
+    close(terms.flow + shared, tensors[out + "total"])
     close(terms.total, tensors[out + "total_mean"])
     model.to_image.zero_grad()
     terms.total.backward()
