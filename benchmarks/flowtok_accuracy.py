@@ -3,7 +3,8 @@
 A small convolutional probe is trained on real pictures (colour, shape, row and column); its accuracy on fresh real
 pictures is reported beside its verdict on generated ones. The image decoder reads the caption as well, so generated
 tokens are also decoded with an empty caption, which leaves only what the flow brought. Captions are compared word for
-word.
+word. Two properties are judged by bounds: copies must be 6 dB better than the mean picture, and the two rows of the
+indicator must mean the picture of this caption and the mean of all pictures (`indicator_semantics`).
 
     python benchmarks/flowtok_accuracy.py --model runs/flowtok/model --picture samples.png
 """
@@ -21,8 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from headrace.datasets.captioned_shapes import CAPTIONS, CaptionedShapes
+from headrace.flow.path import straight_path
 from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.uniflow_protocol import psnr
+
+Verdict = dict[str, float | bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,50 @@ def share(hits: Tensor) -> dict[str, object]:
 
 
 @torch.no_grad()
+def indicator_semantics(model: FlowTok, tokens: Tensor, texts: list[str], *, seed: int, t: float = 0.02) -> Verdict:
+    """What the network says of a picture that has hardly begun, matched and unmatched.
+
+    At an early time the source plus the velocity is the network's guess of the picture's tokens. With the matched
+    label it should tell this caption's picture from others, with the unmatched one it may only know the mean picture.
+
+    Args:
+        model: A trained one.
+        tokens: Scaled image tokens, (B, K, D), of varied pictures.
+        texts: Their captions.
+        seed: Of the source's noise.
+        t: Time of the guess, 0 text to 1 image.
+
+    Returns:
+        `matched_r2` (passes above 0.6) and `unmatched_r2` (below 0.2), shares of the tokens' variance explained;
+        `unmatched_shift`, distance of the mean guess from the mean picture in deviations (passes within 0.2), as a
+        mean over tokens and channels; and `passes`.
+    """
+    posterior = model.to_image.projector(model.text_tokens(texts))
+    noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(seed)).to(tokens)
+    source = posterior.sample(noise)
+    times = torch.full((len(tokens),), t, device=tokens.device)
+    x = straight_path(source, tokens, times, sigma_min=model.config.sigma_min).x_t
+    matched, unmatched = (
+        source + model.to_image.velocity(x, times, torch.full_like(times, label, dtype=torch.long)) for label in (0, 1)
+    )
+    mean, spread = tokens.mean(0), tokens.std()
+    total = (tokens - mean).square().sum()
+    shares = [1 - float((guess - tokens).square().sum() / total) for guess in (matched, unmatched)]
+    shift = float(((unmatched.mean(0) - mean).abs() / spread).mean())
+    return {
+        "matched_r2": round(shares[0], 4),
+        "unmatched_r2": round(shares[1], 4),
+        "unmatched_shift": round(shift, 4),
+        "passes": shares[0] > 0.6 and shares[1] < 0.2 and shift < 0.2,
+    }
+
+
+def beats_mean_picture(copies: float, mean_picture: float) -> Verdict:
+    """Whether the PSNR of copies [dB] is at least 6 dB above that of the mean picture."""
+    return {"gain": round(copies - mean_picture, 2), "passes": copies >= mean_picture + 6}
+
+
+@torch.no_grad()
 def measure(options: Options) -> dict[str, object]:
     """All figures as JSON-ready values."""
     model = FlowTok.from_pretrained(options.model)
@@ -84,13 +132,16 @@ def measure(options: Options) -> dict[str, object]:
     again = model.decode(tokens, captions=texts).clamp(0, 1)
     bare = model.decode(tokens).clamp(0, 1)
     flat = real.images.mean(0, keepdim=True).expand_as(real.images)
+    copied, levelled = (psnr(real.images, images).mean().item() for images in (again, flat))
     out: dict[str, object] = {
         "probe_on_real": share(judge(real.images).argmax(1) == real.label),
         "probe_on_reconstructions": share(judge(again).argmax(1) == real.label),
         "probe_on_reconstructions_without_caption": share(judge(bare).argmax(1) == real.label),
-        "reconstruction_psnr": round(psnr(real.images, again).mean().item(), 2),
+        "reconstruction_psnr": round(copied, 2),
         "reconstruction_psnr_without_caption": round(psnr(real.images, bare).mean().item(), 2),
-        "mean_image_psnr": round(psnr(real.images, flat).mean().item(), 2),
+        "mean_image_psnr": round(levelled, 2),
+        "reconstruction_over_mean_image": beats_mean_picture(copied, levelled),
+        "indicator_semantics": indicator_semantics(model, tokens, texts, seed=options.seed),
     }
     for guidance in options.guidance:
         for steps in options.steps:
