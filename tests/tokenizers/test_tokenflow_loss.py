@@ -184,6 +184,15 @@ def test_impossible_objectives_are_refused():
         TokenFlowTraining(
             TokenFlow(TokenFlowConfig.tiny()), teacher=None, perceptual=Difference(), critic=PatchCritic(width=8)
         )
+    with pytest.raises(ValueError, match="fixed codes"):
+        TokenFlowTraining(
+            TokenFlow(TokenFlowConfig.tiny()),
+            teacher=None,
+            perceptual=Difference(),
+            critic=PatchCritic(width=8),
+            config=TokenFlowLossConfig(stage="decoder"),
+            restart=CodeRestart(256, every=1),
+        )
     with pytest.raises(ValueError, match="weights"):
         TokenFlowLossConfig(pixel=-1.0)
     with pytest.raises(ValueError, match="stage"):

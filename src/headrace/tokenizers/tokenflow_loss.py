@@ -64,7 +64,7 @@ class TokenFlowTraining(nn.Module):
         perceptual: Two batches of pictures to distances (B,), frozen.
         critic: The discriminator.
         config: Weights of the terms.
-        restart: Restart of unused codes; off in the release.
+        restart: Restart of unused codes; off in the release, refused in stage `decoder`.
     """
 
     steps: Tensor
@@ -82,6 +82,8 @@ class TokenFlowTraining(nn.Module):
         super().__init__()
         if teacher is None and config.stage == "all":
             raise ValueError("stage 'all' needs a teacher")
+        if restart is not None and config.stage == "decoder":
+            raise ValueError("stage 'decoder' trains on fixed codes, and a restart would move codes: leave it out")
         self.model, self.teacher, self.perceptual, self.critic, self.config = model, teacher, perceptual, critic, config
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.restart = restart
