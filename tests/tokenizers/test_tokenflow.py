@@ -160,6 +160,21 @@ def test_features_for_a_language_model(model, images, choice, shape):
         torch.testing.assert_close(rows[..., :16].norm(dim=-1), torch.ones(2, 30))
 
 
+@pytest.mark.parametrize("choice", ["last", "semantic", "all", "residual"])
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [(torch.zeros(1, 14, dtype=torch.int64), r"\(B, 30\)"), (torch.full((1, 30), -1), r"0\.\.255")],
+)
+def test_features_need_the_codes_of_all_scales(model, codes, message, choice):
+    with pytest.raises(ValueError, match=message):
+        model.features_of(codes, choice=choice)
+
+
+def test_an_unknown_choice_of_features_is_named(model, images):
+    with pytest.raises(ValueError, match="'first'"):
+        model.features(images, choice="first")
+
+
 def test_pixel_loss_gives_the_semantic_branch_nothing(model, images):
     model.zero_grad()
     model.decode_pixels(model.quantize(images).features).square().mean().backward()

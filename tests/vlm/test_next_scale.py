@@ -124,6 +124,20 @@ def test_loss_is_the_cross_entropy_of_the_one_pass_logits(parts, codes):
     assert loss.total != loss.codes  # the end id is predicted, too
 
 
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(2, 14, dtype=torch.int64), r"\(2, 30\)"),
+        (torch.full((2, 30), -1), r"0\.\.255"),
+        (torch.full((2, 30), 256), r"0\.\.255"),
+    ],
+)
+def test_codes_that_cannot_be_predicted_are_refused(parts, codes, message):
+    model, quantizer = parts
+    with pytest.raises(ValueError, match=message):
+        model.loss(model.pad(PROMPTS), codes, quantizer)
+
+
 def test_training_fits_a_picture(codes):
     torch.manual_seed(0)
     model = NextScaleGenerator(NextScaleConfig.tiny())

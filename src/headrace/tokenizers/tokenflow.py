@@ -268,8 +268,13 @@ class TokenFlow(Tokenizer):
         return self.features_of(quantized.codes, choice=choice)
 
     def features_of(self, codes: Tensor, *, choice: FeatureChoice = "last") -> Tensor:
-        """The same from codes of all scales, int64 (B, N)."""
+        """The same from codes of all scales, int64 (B, N).
+
+        Raises:
+            ValueError: Not the codes of all scales, a code outside the codebook, or an unknown choice.
+        """
         check_codes(codes, size=self.config.quantizer.codes)
+        expect_shape("codes", codes, (None, self.tokens_per_image))
         if choice == "residual":
             return self.quantizer.embed(codes)
         if choice == "all":

@@ -21,6 +21,7 @@ from headrace.nn.pretrained import Pretrained
 from headrace.nn.quantizers.joint_search import largest_products
 from headrace.nn.quantizers.multi_scale import MultiScaleQuantizer
 from headrace.nn.shapes import expect_shape
+from headrace.tokenizers.base import check_codes
 
 HEAD_NORM_EPS = 1e-6
 
@@ -275,8 +276,12 @@ class NextScaleGenerator(Pretrained):
             prompt: From `pad`.
             codes: int64, shape (B, N), all scales.
             quantizer: Of the tokenizer that made the codes.
+
+        Raises:
+            ValueError: Not the codes of all scales for each prompt, or a code outside the codebook.
         """
         config, length = self.config, prompt.ids.shape[1]
+        check_codes(codes, size=config.codes)
         expect_shape("codes", codes, (len(prompt.ids), sum(config.counts)))
         with torch.no_grad():
             rows = quantizer.next_scale_inputs(codes)
