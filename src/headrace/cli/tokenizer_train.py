@@ -1,6 +1,6 @@
 """`headrace tokenizer train`: train TokenFlow, or only a new pixel decoder for a trained one."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +17,7 @@ def train(
     *,
     data: str,
     out: Path,
-    variant: str = "mini",
+    variant: str | None = None,
     start: str | None = None,
     stage: Literal["all", "decoder"] = "all",
     teacher: Literal["efficientnet", "tower"] = "efficientnet",
@@ -47,8 +47,9 @@ def train(
         data: A folder of pictures, or `crops`, `shapes`, `mixed` (made from what packages ship).
         out: Run folder; checkpoints, log, and at the end the tokenizer in `model` (and `model_ema`).
         variant: Configuration, such as `mini`, `b`, `b_256`, `l`, `xl`. For stage `decoder`, the one whose pixel
-            decoder is wanted.
-        start: Tokenizer folder to go on from; stage `decoder` needs it.
+            decoder is wanted. Default: that of `start`, or `mini`.
+        start: Tokenizer to go on from: a folder, a Hub id, or a file of the release as `tokenflow:FILE`. Stage
+            `decoder` needs it.
         stage: `all`, or `decoder` for an enhanced pixel decoder on fixed codes.
         teacher: `efficientnet` works offline; `tower` loads the published weights of the variant's tower. Where the
             tower is the teacher's network, the student starts from the teacher.
@@ -88,6 +89,7 @@ def train(
     if pool and (stage != "all" or teacher != "efficientnet"):
         raise ValueError("--pool keeps features of the EfficientNet teacher: it goes with stage 'all' and that teacher")
     torch.manual_seed(seed)
+    variant = variant or ("mini" if start is None else None)
     model = _model(variant, start, stage, distance_weights)
     taught_by = _teacher(model, teacher, fresh=start is None) if stage == "all" else None
     if tower_factor == 0:
@@ -168,21 +170,32 @@ def _terms(training: "TokenFlowTraining", batch: "Taught | Tensor", generator: "
     return training(batch, generator)
 
 
-def _model(variant: str, start: str | None, stage: str, distance_weights: tuple[float, float]) -> "TokenFlow":
-    from headrace.tokenizers.auto import tokenizer_config
-    from headrace.tokenizers.tokenflow import TokenFlow
+def _model(variant: str | None, start: str | None, stage: str, distance_weights: tuple[float, float]) -> "TokenFlow":
+    from headrace.tokenizers.auto import load_tokenizer, tokenizer_config
+    from headrace.tokenizers.tokenflow import TokenFlow, TokenFlowConfig
     from headrace.tokenizers.tokenflow_loss import with_new_decoder
 
-    if start is not None and distance_weights != (1.0, 1.0):
+    wanted: TokenFlowConfig | None = None if variant is None else tokenizer_config(f"tokenflow:{variant}")
+    if start is None:
+        if stage == "decoder" or wanted is None:
+            raise ValueError("stage 'decoder' trains a decoder for a trained tokenizer: name it with --start")
+        return TokenFlow(replace(wanted, quantizer=replace(wanted.quantizer, weights=distance_weights)))
+    if distance_weights != (1.0, 1.0):
         raise ValueError("--distance-weights is for a new tokenizer; one named with --start keeps its own")
-    config = tokenizer_config(f"tokenflow:{variant}")
-    if stage == "decoder":
-        if start is None:
-            raise ValueError("stage 'decoder' trains a decoder for a trained tokenizer: name its folder with --start")
-        return with_new_decoder(TokenFlow.from_pretrained(start), config.pixel_decoder)
-    if start is not None:
-        return TokenFlow.from_pretrained(start)
-    return TokenFlow(replace(config, quantizer=replace(config.quantizer, weights=distance_weights)))
+    model = load_tokenizer(start)
+    if not isinstance(model, TokenFlow):
+        raise ValueError(f"{start} is a {type(model).__name__}, not a TokenFlow")
+    found = replace(model.config, quantizer=replace(model.config.quantizer, weights=(1.0, 1.0)))
+    parts = [field.name for field in fields(found) if stage == "all" or field.name != "pixel_decoder"]
+    if wanted is not None and any(getattr(found, part) != getattr(wanted, part) for part in parts):
+        names = [name for name in TokenFlow.VARIANTS if getattr(TokenFlowConfig, name)() == found]
+        raise ValueError(
+            f"--start {start} is {names[0] if names else 'no named variant'!r}, which does not fit --variant "
+            f"{variant!r}; leave --variant out, or name the other"
+        )
+    if stage == "all":
+        return model
+    return with_new_decoder(model, (wanted or found).pixel_decoder)
 
 
 def _teacher(model: "TokenFlow", name: str, *, fresh: bool) -> "Frozen":
