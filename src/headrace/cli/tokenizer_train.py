@@ -117,7 +117,7 @@ def train(
         data,
         model.preprocessing,
         part="training",
-        count=pool or 100_000,
+        count=pool or None,
         seed=0 if pool else seed,
         recolour=recolour,
     )
@@ -126,7 +126,7 @@ def train(
         training,
         _terms,
         optimizer,
-        batches(source, batch_size, seed=seed),
+        batches(source, batch_size, seed=seed, visits=not pool),  # a pool is the same at each visit
         steps=steps,
         out=out,
         resume=resume,
@@ -144,6 +144,7 @@ def train(
             "start": start,
             "stage": stage,
             "teacher": teacher,
+            "batch_size": batch_size,
             "perceptual": "efficientnet" if vgg is None else "vgg",
             "pool": pool,
             "recolour": recolour,

@@ -44,6 +44,8 @@ class ShuffledBatches:
         seed: Order and transforms follow from (seed, step).
         transform: Called as `transform(batch, generator)` on each batch in the loading thread; for augmentation. The
             CPU generator is seeded from (seed, step, rank).
+        visits: Ask for sample i in epoch e as number i + e * len(dataset), for a dataset that shows a sample in
+            another way at each visit. Otherwise its number is i in every epoch.
         rank, world: Which contiguous part of each batch to give; `fit` sets them through `shard`.
     """
 
@@ -54,6 +56,7 @@ class ShuffledBatches:
         *,
         seed: int = 0,
         transform: Transform | None = None,
+        visits: bool = False,
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -62,7 +65,7 @@ class ShuffledBatches:
         if not len(dataset):
             raise ValueError("the dataset is empty: there is nothing to train on")
         self.dataset, self.batch_size, self.seed, self.transform = dataset, batch_size, seed, transform
-        self.rank, self.world = rank, world
+        self.visits, self.rank, self.world = visits, rank, world
         self._order: tuple[int, np.ndarray] | None = None
 
     def indices(self, step: int) -> np.ndarray:
@@ -70,7 +73,8 @@ class ShuffledBatches:
         size = len(self.dataset)
         position = step * self.batch_size + np.arange(self.batch_size)
         epoch, place = np.divmod(position, size)
-        return np.concatenate([self._permutation(int(e))[place[epoch == e]] for e in np.unique(epoch)])
+        numbers = np.concatenate([self._permutation(int(e))[place[epoch == e]] for e in np.unique(epoch)])
+        return numbers + epoch * size if self.visits else numbers
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
@@ -89,13 +93,21 @@ class ShuffledBatches:
     def shard(self, rank: int, world: int) -> "ShuffledBatches":
         """The same batches, cut into `world` equal parts, of which this is number `rank`."""
         return ShuffledBatches(
-            self.dataset, self.batch_size, seed=self.seed, transform=self.transform, rank=rank, world=world
+            self.dataset,
+            self.batch_size,
+            seed=self.seed,
+            transform=self.transform,
+            visits=self.visits,
+            rank=rank,
+            world=world,
         )
 
 
-def batches(dataset: Dataset, batch_size: int, *, seed: int = 0, transform: Transform | None = None) -> ShuffledBatches:
+def batches(
+    dataset: Dataset, batch_size: int, *, seed: int = 0, transform: Transform | None = None, visits: bool = False
+) -> ShuffledBatches:
     """Shuffled training batches of a dataset; see `ShuffledBatches`."""
-    return ShuffledBatches(dataset, batch_size, seed=seed, transform=transform)
+    return ShuffledBatches(dataset, batch_size, seed=seed, transform=transform, visits=visits)
 
 
 class Prefetch:
