@@ -175,6 +175,17 @@ def test_an_unknown_choice_of_features_is_named(model, images):
         model.features(images, choice="first")
 
 
+@pytest.mark.parametrize("variant", ["tiny", "mini"])
+def test_a_model_in_half_precision_encodes_and_decodes(images, variant):
+    torch.manual_seed(0)
+    half = TokenFlow(getattr(TokenFlowConfig, variant)()).eval().bfloat16()
+    with torch.no_grad():
+        codes = half.encode(images.bfloat16())
+        assert half.decode(codes).dtype == torch.bfloat16
+        made, meaning = half.decode_features(half.quantizer.accumulate(codes))
+    assert made.isfinite().all() and meaning.isfinite().all() and meaning.dtype == torch.bfloat16
+
+
 def test_pixel_loss_gives_the_semantic_branch_nothing(model, images):
     model.zero_grad()
     model.decode_pixels(model.quantize(images).features).square().mean().backward()

@@ -138,6 +138,17 @@ def test_codes_that_cannot_be_predicted_are_refused(parts, codes, message):
         model.loss(model.pad(PROMPTS), codes, quantizer)
 
 
+def test_a_generator_in_half_precision_learns_and_samples(parts, codes):
+    _, quantizer = parts
+    torch.manual_seed(0)
+    half = NextScaleGenerator(CONFIG).bfloat16()
+    loss = half.loss(half.pad(PROMPTS), codes, quantizer).total
+    loss.backward()
+    assert loss.isfinite() and half.place.grad.isfinite().all()
+    made = generate_codes(half.eval(), quantizer, half.pad(PROMPTS), sampling=Sampling.greedy(passes=2))
+    assert made.shape == (2, 30)
+
+
 def test_training_fits_a_picture(codes):
     torch.manual_seed(0)
     model = NextScaleGenerator(NextScaleConfig.tiny())

@@ -239,7 +239,8 @@ class TokenFlow(Tokenizer):
         """Quantised map, shape (B, D, g, g), to pictures (B, 3, size, size)."""
         size = self.config.size
         _, pixels = features.split(self.config.quantizer.dims, dim=1)
-        images = self.pixel_decoder(self.from_code(pixels))
+        # The quantizer computes in float32; a model in half precision goes on in its own.
+        images = self.pixel_decoder(self.from_code(pixels.to(self.from_code.weight.dtype)))
         return images if images.shape[-1] == size else F.interpolate(images, size=(size, size), mode="bicubic")
 
     def decode_semantics(self, features: Tensor) -> Tensor:

@@ -115,6 +115,7 @@ class SemanticTower(nn.Module):
         # Depthwise convolutions gain nothing from half precision, on a CPU they lose.
         with torch.autocast(images.device.type, enabled=False):
             images = F.interpolate(images.float(), size=(side, side), mode="bilinear", antialias=True)
+            images = images.to(next(self.model.parameters()).dtype)
             (features,) = self.model(images.contiguous(memory_format=torch.channels_last))
             features = F.interpolate(features, size=(self.config.grid,) * 2, mode="bilinear")
         return features.flatten(2).transpose(1, 2)
@@ -225,7 +226,8 @@ def build_semantic_decoder(config: SemanticDecoderConfig, *, channels: int) -> B
 
 def decode_semantics(decoder: Beit, grid: Tensor) -> Tensor:
     """Quantised semantic vectors, shape (B, C, g, g), to normed patch states, shape (B, g * g, width)."""
-    x = decoder.patch_embed.proj(grid).flatten(2).transpose(1, 2)
+    project = decoder.patch_embed.proj
+    x = project(grid.to(project.weight.dtype)).flatten(2).transpose(1, 2)
     x = torch.cat([decoder.cls_token.expand(len(x), -1, -1), x], dim=1)
     if decoder.pos_embed is None:
         raise ValueError("the decoder has no position table; build it with `build_semantic_decoder`")

@@ -198,8 +198,10 @@ class NextScaleGenerator(Pretrained):
     def embed_rows(self, rows: Tensor, *, start: int) -> Tensor:
         """Inputs of places `start`, start + 1, ... (counted in codes) from feature rows (B, M, D), (B, M, W)."""
         stop = start + rows.shape[1]
-        weight = self.projector[0].get_parameter("weight")
-        return self.projector(rows.to(weight.dtype)) + self.level(self.owner[start:stop] + 1) + self.place[start:stop]
+        return self._project(rows) + self.level(self.owner[start:stop] + 1) + self.place[start:stop]
+
+    def _project(self, rows: Tensor) -> Tensor:
+        return self.projector(rows.to(self.projector[0].get_parameter("weight").dtype))
 
     def hidden(self, embeds: Tensor, mask: Tensor, positions: Tensor, cache: object = None) -> Tensor:
         """Last states of the transformer.
@@ -289,7 +291,7 @@ class NextScaleGenerator(Pretrained):
         parts = [self.embed_prompt(prompt), self.embed_rows(rows, start=1)]
         if config.end:
             # The last code's position reads a feature of zeros and predicts the first end id.
-            stop = self.projector(rows.new_zeros(len(codes), 1, config.feature_dim)) + self.level.weight[-1]
+            stop = self._project(rows.new_zeros(len(codes), 1, config.feature_dim)) + self.level.weight[-1]
             tail = self.language.model.embed_tokens(end[:, :-1]) + self.level.weight[0]
             parts += [stop, tail]
         embeds = torch.cat(parts, dim=1)
