@@ -1,10 +1,16 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from headrace.nn.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
+from headrace.tokenizers.tokenflow import TokenFlow, TokenFlowConfig
 from headrace.vlm.next_scale import HeadNorm, NextScaleConfig, NextScaleGenerator
 from headrace.vlm.next_scale_passes import CachedPasses, RecomputedPasses
+from headrace.vlm.next_scale_prompts import end_ids, prompt_ids, training_caption
 from headrace.vlm.next_scale_sampling import Sampling, draw, generate_codes
 
 CONFIG = NextScaleConfig.tiny()
@@ -164,6 +170,57 @@ def test_training_fits_a_picture(codes):
     with torch.no_grad():
         likeliest = model.image_logits(prompt, quantizer.next_scale_inputs(codes)).argmax(-1)
     assert (likeliest == codes).float().mean() > 0.5  # chance is 1 in 256
+
+
+def test_a_generator_starts_from_a_language_model(tmp_path):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    language = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, **shape))
+    language.save_pretrained(tmp_path)
+    quantizer = MultiScaleConfig(scales=(1, 2, 3), dims=(16, 8), codes=100)
+    config = NextScaleConfig.around(language.config, quantizer, end=(1, 2))
+    model = NextScaleGenerator.from_language_model(tmp_path, config)
+    own, given = model.language.state_dict(), language.state_dict()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(own[name][:60], given[name]) and own[name].shape == (161, 32)
+        assert 0.01 < own[name][60:160].std() < 0.03
+    layer = "model.layers.1."
+    assert torch.equal(own[f"{layer}self_attn.k_proj.0.weight"], given[f"{layer}self_attn.k_proj.weight"])
+    assert torch.equal(own[f"{layer}mlp.up_proj.weight"], given[f"{layer}mlp.up_proj.weight"])
+    prompt, codes = model.pad([[5, 3]]), torch.zeros(1, 14, dtype=torch.int64)
+    model.loss(prompt, codes, MultiScaleQuantizer(quantizer)).total.backward()
+    # the ids of the end are trained as codes are
+    assert model.language.lm_head.weight.grad[1].norm() > 0 and model.language.lm_head.weight.grad[60].norm() > 0
+    with pytest.raises(ValueError, match=r"hidden_size 32 for 64.*vocab_size 60 for text_vocab 61"):
+        NextScaleGenerator.from_language_model(language, replace(config, width=64, text_vocab=61))
+    with pytest.raises(ValueError, match="attention_bias"):
+        biased = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, attention_bias=True, **shape))
+        NextScaleGenerator.from_language_model(biased, config)
+
+
+def test_text_becomes_a_picture(byte_text):
+    torch.manual_seed(0)
+    tokenizer = TokenFlow(TokenFlowConfig.tiny()).eval()
+    config = replace(CONFIG, text_vocab=len(byte_text), end=end_ids(byte_text))
+    model = NextScaleGenerator(config).eval()
+    prompts = [prompt_ids(byte_text, text) for text in ("a red cube", "")]
+    codes = generate_codes(model, tokenizer.quantizer, model.pad(prompts[:1]), unconditional=model.pad(prompts[1:]))
+    with torch.no_grad():
+        assert tokenizer.decode(codes).shape == (1, 3, 64, 64)
+
+
+def test_prompts_are_cut_and_captions_dropped_as_often_as_published(byte_text):
+    start, close = (byte_text.convert_tokens_to_ids(word) for word in ("<img>", "</img>"))
+    ids = prompt_ids(byte_text, "x" * 300)
+    assert len(ids) == 128 + 1 and ids[0] == byte_text.bos_token_id and ids[-1] == start
+    assert prompt_ids(byte_text, "") == [byte_text.bos_token_id, start]
+    assert end_ids(byte_text) == (close, byte_text.eos_token_id)
+    rng = np.random.default_rng(0)
+    text = "A cat. It sleeps! Where?"
+    seen = [training_caption(text, rng) for _ in range(5000)]
+    assert set(seen) == {"", "A cat.", text}
+    assert seen.count("") == pytest.approx(500, abs=80)
+    assert seen.count("A cat.") == pytest.approx(900, abs=110)
 
 
 def test_filters_keep_what_they_promise():

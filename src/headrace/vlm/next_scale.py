@@ -5,25 +5,40 @@ Source: TokenFlow (arXiv 2412.03069) and its repository.
 The language model is transformers' Llama with two changes of the release: each sub-layer's output is normalised instead
 of its input, and queries and keys are normalised per head before the rotation. Codes are extra rows of the vocabulary;
 what the model reads at a scale's places are not codes but features of the scales before, interpolated to that scale.
+How captions become prompts is `headrace.vlm.next_scale_prompts`.
 """
 # Shape letters: B prompts, P positions of the prompt, N codes of all scales, M feature rows, D feature width, W width.
 
+import os
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from headrace.nn.pretrained import Pretrained
 from headrace.nn.quantizers.joint_search import largest_products
-from headrace.nn.quantizers.multi_scale import MultiScaleQuantizer
+from headrace.nn.quantizers.multi_scale import MultiScaleConfig, MultiScaleQuantizer
 from headrace.nn.shapes import expect_shape
 from headrace.tokenizers.base import check_codes
+from headrace.vlm.text_tokenizer import WithTextTokenizer
 
 HEAD_NORM_EPS = 1e-6
+# What a language model must agree on with the generator that takes its weights.
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "rms_norm_eps",
+    "attention_bias",
+    "mlp_bias",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +50,7 @@ class NextScaleConfig:
         text_vocab: Ids of the text tokenizer; code k is id `text_vocab + k` and the pad comes after all codes.
         end: Text ids after the image that training also predicts, such as those of "</img>" and the end of sequence.
         width, depth, heads, hidden: Of the transformer.
+        kv_heads: Heads of keys and values, when several query heads share them; None for as many as `heads`.
         max_positions: Longest sequence that the rotation is meant for.
         theta, eps: Base of the rotation and epsilon of the norms.
     """
@@ -48,6 +64,7 @@ class NextScaleConfig:
     depth: int = 32
     heads: int = 32
     hidden: int = 11008
+    kv_heads: int | None = None
     max_positions: int = 4096
     theta: float = 10000.0
     eps: float = 1e-5
@@ -81,6 +98,31 @@ class NextScaleConfig:
         sizes = {"width": 128, "depth": 4, "heads": 4, "hidden": 256, "max_positions": 256}
         return cls(scales=(1, 2, 3, 4), codes=256, feature_dim=24, text_vocab=64, end=(1,), **sizes)
 
+    @classmethod
+    def around(cls, language: LlamaConfig, quantizer: MultiScaleConfig, *, end: tuple[int, ...]) -> Self:
+        """The sizes for `NextScaleGenerator.from_language_model`.
+
+        Args:
+            language: Configuration of the language model.
+            quantizer: Of the tokenizer.
+            end: Text ids after the image, see `headrace.vlm.next_scale_prompts.end_ids`.
+        """
+        return cls(
+            scales=quantizer.scales,
+            codes=quantizer.codes,
+            feature_dim=quantizer.dim,
+            text_vocab=language.vocab_size,
+            end=end,
+            width=language.hidden_size,
+            depth=language.num_hidden_layers,
+            heads=language.num_attention_heads,
+            kv_heads=language.num_key_value_heads,
+            hidden=language.intermediate_size,
+            max_positions=language.max_position_embeddings,
+            theta=(language.rope_parameters or {}).get("rope_theta", cls.theta),
+            eps=language.rms_norm_eps,
+        )
+
     def language_model(self) -> LlamaConfig:
         """The transformers configuration."""
         shape: dict[str, Any] = {  # transformers makes this constructor at run time; its declared one has no such names
@@ -90,6 +132,7 @@ class NextScaleConfig:
             "intermediate_size": self.hidden,
             "num_hidden_layers": self.depth,
             "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
             "max_position_embeddings": self.max_positions,
             "rope_parameters": {"rope_type": "default", "rope_theta": self.theta},
             "rms_norm_eps": self.eps,
@@ -150,7 +193,7 @@ class Prompt(NamedTuple):
     real: Tensor
 
 
-class NextScaleGenerator(Pretrained):
+class NextScaleGenerator(WithTextTokenizer):
     """Predicts the codes of a TokenFlow-like tokenizer from text."""
 
     Config = NextScaleConfig
@@ -173,6 +216,37 @@ class NextScaleGenerator(Pretrained):
             layer.apply(self.language._init_weights)
         owner = [scale for scale, count in enumerate(config.counts) for _ in range(count)]
         self.register_buffer("owner", torch.tensor(owner), persistent=False)
+
+    @classmethod
+    def from_language_model(cls, source: str | os.PathLike[str] | PreTrainedModel, config: NextScaleConfig) -> Self:
+        """Start from a trained Llama, as the release does: its weights, and drawn ones for all that it does not have.
+
+        Rows of codes and pad, the norms of the heads, the projector and the tables of levels and places are as a new
+        generator's. The norms before its sub-layers become the norms after them.
+
+        Args:
+            source: Folder or Hub id of the language model, or the model.
+            config: Sizes, see `NextScaleConfig.around`.
+
+        Raises:
+            ValueError: No Llama, or one of other sizes than `config`; each is named.
+        """
+        language: Any = source if isinstance(source, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(source)
+        if not isinstance(language, LlamaForCausalLM):
+            raise ValueError(f"the generator is built on Llama, got a {type(language).__name__}")
+        given, wanted = language.config.to_dict(), config.language_model().to_dict()
+        other = [f"{name} {given[name]} for {wanted[name]}" for name in SHAPE if given[name] != wanted[name]]
+        if given["vocab_size"] != config.text_vocab:
+            other.append(f"vocab_size {given['vocab_size']} for text_vocab {config.text_vocab}")
+        if other:
+            raise ValueError(f"the language model does not fit the generator: {'; '.join(other)}")
+        model = cls(config)
+        own = model.language.state_dict()
+        with torch.no_grad():
+            for name, value in language.state_dict().items():
+                name = name.replace("q_proj.", "q_proj.0.").replace("k_proj.", "k_proj.0.")
+                own[name][: len(value)].copy_(value)  # tables have more rows here, all else is equally long
+        return model
 
     def pad(self, prompts: list[list[int]]) -> Prompt:
         """Prompts of different lengths as one batch, filled on the left.
