@@ -120,6 +120,24 @@ def test_the_decoder_stage_starts_from_a_file_of_the_release(tmp_path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore:.*random")
+def test_pictures_are_measured_cropped_or_squashed_on_the_device_asked_for(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i, picture in enumerate(np.random.default_rng(0).integers(0, 256, (2, 70, 200, 3), dtype=np.uint8)):
+        Image.fromarray(picture).save(tmp_path / "pictures" / f"{i}.png")
+    reports = {}
+    for fit in (None, "crop", "squash"):
+        torch.manual_seed(0)
+        file = tmp_path / f"{fit}.json"
+        assert evaluate("tokenflow:tiny", data=str(tmp_path / "pictures"), fit=fit, device="cpu", out=file) == 0
+        reports[fit] = json.loads(file.read_text())
+    assert reports[None]["fit"] == "crop" and reports[None]["psnr"] == reports["crop"]["psnr"]
+    assert reports["squash"]["fit"] == "squash" and reports["squash"]["psnr"] != reports["crop"]["psnr"]
+    for command in (evaluate, reconstruct):
+        with pytest.raises((RuntimeError, AssertionError)):
+            command("tokenflow:tiny", data="shapes", out=tmp_path / "none", device="cuda:99")
+
+
+@pytest.mark.filterwarnings("ignore:.*random")
 def test_only_a_tokenflow_is_gone_on_with(tmp_path):
     with pytest.raises(ValueError, match="FlowTok, not a TokenFlow"):
         train(data="shapes", out=tmp_path, start="flowtok:tiny")

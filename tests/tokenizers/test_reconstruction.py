@@ -4,6 +4,7 @@ import torch
 
 from headrace.nn.perceptual import EfficientNetLite0
 from headrace.tokenizers.auto import new_tokenizer
+from headrace.tokenizers.compared_at import ComparedAt
 from headrace.tokenizers.reconstruction import evaluate, frechet_distance, inception_features, ssim
 
 
@@ -46,6 +47,8 @@ def test_a_report_counts_what_it_saw(tmp_path):
     assert report.usage["all"]["used"] == len(codes.unique())
     assert report.usage["2"]["used"] == len(codes[:, 1:5].unique())
     assert report.ssim_range_2 > report.ssim_range_1
+    smaller = evaluate(ComparedAt(model, size=32), [b[..., ::2, ::2] for b in batches], inception=tmp_path / "none.pth")
+    assert smaller.usage["all"]["tokens"] == report.usage["all"]["tokens"] == 4 * 30
 
 
 def test_a_perfect_tokenizer_scores_perfectly():

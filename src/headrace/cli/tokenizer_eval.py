@@ -4,8 +4,9 @@ import base64
 import html
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +19,8 @@ def evaluate(
     count: int = 256,
     batch_size: int = 16,
     compare_at: int | None = None,
+    fit: Literal["crop", "squash"] | None = None,
+    device: str = "auto",
     vgg: Path | None = None,
     inception: Path | None = None,
     out: Path | None = None,
@@ -32,6 +35,9 @@ def evaluate(
         batch_size: Pictures per pass.
         compare_at: Side at which pictures are compared [px]: protocol B, 256 in published tables. They go up to the
             tokenizer's size, through it and down again. Default: protocol A, the tokenizer's own size.
+        fit: How pictures are made square. Default: the tokenizer's own way. The published row of TokenFlow-XL is from
+            the centre crop, and its own way is to squash.
+        device: Where the tokenizer runs; `auto` is the GPU when there is one. Measures are taken on the CPU.
         vgg: VGG-16 weights for LPIPS; left out without.
         inception: Inception weights of torch-fidelity for rFID; left out without.
         out: JSON file to write.
@@ -44,9 +50,10 @@ def evaluate(
     from headrace.tokenizers.compared_at import ComparedAt
     from headrace.tokenizers.reconstruction import evaluate as measure
 
-    loaded = load_tokenizer(tokenizer)
+    loaded = load_tokenizer(tokenizer).to(_device(device))
     model = loaded if compare_at is None else ComparedAt(loaded, size=compare_at)
-    pictures = open_pictures(data, model.preprocessing, part="held_out", count=count, seed=seed)
+    preprocessing = model.preprocessing if fit is None else replace(model.preprocessing, fit=fit)
+    pictures = open_pictures(data, preprocessing, part="held_out", count=count, seed=seed)
     try:
         offline = EfficientNetLite0.from_package(side=128)
     except ModuleNotFoundError:
@@ -58,10 +65,8 @@ def evaluate(
         lpips=None if vgg is None else LpipsVGG.from_files(vgg),
         inception=inception,
     )
-    text = json.dumps(
-        {"tokenizer": tokenizer, "data": data, "seed": seed, "compared_at": model.preprocessing.size, **asdict(report)},
-        indent=2,
-    )
+    asked = {"tokenizer": tokenizer, "data": data, "seed": seed, "fit": preprocessing.fit}
+    text = json.dumps({**asked, "compared_at": preprocessing.size, **asdict(report)}, indent=2)
     print(text)
     if out is not None:
         write_atomically(out, lambda path: void(path.write_text(text + "\n")))
@@ -69,7 +74,14 @@ def evaluate(
 
 
 def reconstruct(
-    tokenizer: str, /, *, data: str, out: Path = Path("reconstruction"), count: int = 16, seed: int = 0
+    tokenizer: str,
+    /,
+    *,
+    data: str,
+    out: Path = Path("reconstruction"),
+    count: int = 16,
+    device: str = "auto",
+    seed: int = 0,
 ) -> int:
     """Write a PNG grid of pictures and their reconstructions, and an HTML page with PSNR and coarse previews.
 
@@ -78,6 +90,7 @@ def reconstruct(
         data: A folder of pictures, or `crops`, `shapes`, `mixed` (held-out ones).
         out: Folder of `grid.png` and `index.html`.
         count: Pictures at most.
+        device: Where the tokenizer runs; `auto` is the GPU when there is one.
         seed: Of the built-in pictures.
     """
     import torch
@@ -89,18 +102,18 @@ def reconstruct(
     from headrace.tokenizers.tokenflow import TokenFlow
     from headrace.tokenizers.uniflow_protocol import psnr
 
-    model = load_tokenizer(tokenizer)
+    model = load_tokenizer(tokenizer).to(_device(device))
     pictures = open_pictures(data, model.preprocessing, part="held_out", count=count, seed=seed)
     inputs = pictures.batch(np.arange(min(count, len(pictures))))
     columns = [("picture", inputs)]
     with torch.no_grad():
-        tokens = model.encode(inputs)
+        tokens = model.encode(inputs.to(model.device))
         if isinstance(model, TokenFlow):
             ends = np.cumsum(model.config.quantizer.counts)[:-1]
             for end in (ends[len(ends) // 3], ends[2 * len(ends) // 3]):
                 columns.append((f"first {end} codes", model.decode(tokens[:, :end])))
         columns.append(("reconstruction", model.decode(tokens)))
-    scores = psnr(model.preprocessing.to_unit(inputs), model.preprocessing.to_unit(columns[-1][1]))
+    scores = psnr(model.preprocessing.to_unit(inputs), model.preprocessing.to_unit(columns[-1][1]).cpu())
     shown = [(name, model.preprocessing.to_uint8(images)) for name, images in columns]
     grid = np.concatenate([np.concatenate(list(images), axis=0) for _, images in shown], axis=1)
     write_atomically(out / "grid.png", lambda path: Image.fromarray(grid).save(path, format="PNG"))
@@ -108,6 +121,12 @@ def reconstruct(
     write_atomically(out / "index.html", lambda path: void(path.write_text(page, encoding="utf-8")))
     print(f"mean PSNR {scores.mean():.2f} dB over {len(scores)} pictures; see {out / 'index.html'}")
     return 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def _embedded(picture: np.ndarray) -> str:

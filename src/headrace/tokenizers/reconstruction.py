@@ -149,14 +149,17 @@ def evaluate(
     if efficientnet is None:
         notes.append("EfficientNet distances were left out: headrace[offline] is not installed")
     counter = None
-    if isinstance(model, TokenFlow):
-        counter = UsageCounter(scales=model.config.quantizer.scales, codes=model.config.quantizer.codes)
+    inner = model.model if isinstance(model, ComparedAt) else model
+    if isinstance(inner, TokenFlow):
+        counter = UsageCounter(scales=inner.config.quantizer.scales, codes=inner.config.quantizer.codes)
     rows: dict[str, list[Tensor]] = {}
     seconds = 0.0
     for inputs in batches:
         start = time.perf_counter()
         tokens = model.encode(inputs.to(model.device))
         decoded = model.decode(tokens)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)  # until then the work is only queued
         seconds += time.perf_counter() - start
         if counter is not None:
             counter.add(tokens)
