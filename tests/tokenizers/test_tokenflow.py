@@ -131,6 +131,8 @@ def test_positions_are_resized_by_the_reference_factor():
     grid = table[:, 1:].transpose(1, 2).reshape(1, 3, 14, 14)
     plain = nn.functional.interpolate(grid, size=(16, 16), mode="bicubic").flatten(2).transpose(1, 2)
     assert not torch.allclose(resized[:, 1:], plain, atol=1e-3)
+    reference = nn.functional.interpolate(grid, scale_factor=(16.1 / 14,) * 2, mode="bicubic").flatten(2)
+    torch.testing.assert_close(resized[:, 1:], reference.transpose(1, 2))
     assert resize_positions(table, 14, prefix=1) is table
 
 
