@@ -102,6 +102,23 @@ def test_headrace_tokenizers_see_for_it(build, picture, name, tokens):
             model.answer(picture(), QUESTIONS[:1])
 
 
+@pytest.mark.parametrize(("choice", "shape"), [("semantic", (16, 16)), ("all", (30, 24)), ("residual", (30, 24))])
+def test_the_features_of_tokenflow_that_were_chosen_are_read(choice, shape):
+    tokenizer = new_tokenizer("tokenflow:tiny")
+    config = VisualEncoderConfig.of_tokenizer(tokenizer, family="tokenflow", tokens="features")
+    encoder = VisualEncoder(dataclasses.replace(config, choice=choice))
+    encoder.inner.load_state_dict(tokenizer.state_dict())
+    assert (encoder.tokens_per_picture, encoder.width) == shape
+    pixels = torch.rand(1, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        assert torch.equal(encoder(pixels), tokenizer.features(pixels, choice=choice))
+    for wrong in (dataclasses.replace(config, tokens="codes"), VisualEncoderConfig(source="uniflow")):
+        with pytest.raises(ValueError, match="choice of features is TokenFlow's"):
+            dataclasses.replace(wrong, choice=choice)
+    with pytest.raises(ValueError, match="'first'"):
+        dataclasses.replace(config, choice="first")
+
+
 def test_training_learns_what_a_picture_shows(build, picture):
     """Two pictures, one question, two answers: only the picture tells which."""
     model = build()

@@ -28,6 +28,7 @@ class VisualEncoderConfig:
         fit: Whether a picture is squashed to a square, cropped, or put on a canvas at its natural size, for timm.
         tokens: `features` for a language model; `latents`, what a continuous tokenizer's `encode` gives; `codes`,
             what a discrete one's gives.
+        choice: Which features of TokenFlow, see `TokenFlow.features`; only `last` for all others.
         merge: Side of the square of neighbouring tokens that are joined into one.
         stem: Convolutions that take the place of a timm ViT's patch projection.
     """
@@ -38,6 +39,7 @@ class VisualEncoderConfig:
     size: int = 224
     fit: Literal["crop", "squash", "pad"] = "squash"
     tokens: Literal["features", "latents", "codes"] = "features"
+    choice: Literal["last", "semantic", "all", "residual"] = "last"
     merge: int = 1
     stem: StemConfig | None = None
 
@@ -52,6 +54,10 @@ class VisualEncoderConfig:
             raise ValueError(f"fit must be 'crop', 'squash' or 'pad', got {self.fit!r}")
         if self.tokens not in ("features", "latents", "codes"):
             raise ValueError(f"tokens must be 'features', 'latents' or 'codes', got {self.tokens!r}")
+        if self.choice not in ("last", "semantic", "all", "residual"):
+            raise ValueError(f"choice must be 'last', 'semantic', 'all' or 'residual', got {self.choice!r}")
+        if self.choice != "last" and (self.source != "tokenflow" or self.tokens != "features"):
+            raise ValueError(f"a choice of features is TokenFlow's, {self.tokens} of {self.source} leave none")
         if self.merge < 1 or (self.merge > 1 and self.tokens == "codes"):
             raise ValueError(f"merge must be at least 1, and 1 for codes, got {self.merge}")
 
@@ -104,7 +110,8 @@ class VisualEncoder(nn.Module):
         if self.config.source == "timm":
             rows = _rows(self.inner, self.inner.forward_features(pixels))
         elif self.config.tokens == "features":
-            rows = self.inner.features(pixels)
+            chosen = {"choice": self.config.choice} if self.config.source == "tokenflow" else {}
+            rows = self.inner.features(pixels, **chosen)
         else:
             rows = self.inner.encode(pixels)
         return rows if self.config.merge == 1 else merge_neighbours(rows, self.config.merge)
