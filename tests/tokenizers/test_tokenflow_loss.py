@@ -9,6 +9,7 @@ from headrace.nn.quantizers.code_restart import CodeRestart
 from headrace.tokenizers.tokenflow import TokenFlow, TokenFlowConfig
 from headrace.tokenizers.tokenflow_critic import PatchCritic, hinge_loss
 from headrace.tokenizers.tokenflow_loss import (
+    USAGE_WINDOW,
     TokenFlowLossConfig,
     TokenFlowTraining,
     build_optimizer,
@@ -113,6 +114,23 @@ def test_scales_are_dropped_as_often_as_asked(images):
     assert set(drawn) == {None, 1, 2}
     training.eval()
     assert training._drop(torch.device("cpu"), generator) is None
+
+
+def test_the_log_has_the_use_of_each_scale_though_scales_are_dropped(images):
+    training = build(scale_drop=1.0)
+    codes = []
+    for place in (2, 1, 3):
+        training._drop = lambda *_, place=place: place
+        terms = training(images)
+        codes.append(training.latest[0])
+        assert [name for name in terms if name.startswith("usage_")] == [f"usage_{side}" for side in (1, 2, 3, 4)]
+    # scale 3 (places 5..13, or 1..9 without scale 2) was in the last two of these updates only
+    used = torch.cat([codes[1][:, 1:10], codes[2][:, 5:14]]).unique().numel()
+    assert terms["usage_3"].item() == pytest.approx(used / 256)
+    training.steps += USAGE_WINDOW - 1
+    training._drop = lambda *_: 2
+    assert training(images)["usage_3"].item() == 0
+    assert training.eval()(images).keys() == terms.keys()
 
 
 def test_training_lowers_the_terms_and_restart_keeps_count():

@@ -16,6 +16,8 @@ from headrace.tokenizers.tokenflow import TokenFlow
 from headrace.tokenizers.tokenflow_critic import PatchCritic, hinge_loss, without_gradient_to
 from headrace.tokenizers.vqgan import VQGANConfig
 
+USAGE_WINDOW = 100  # updates; a single batch has too few places on the small scales to tell
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenFlowLossConfig:
@@ -68,6 +70,7 @@ class TokenFlowTraining(nn.Module):
     """
 
     steps: Tensor
+    last_used: Tensor
 
     def __init__(
         self,
@@ -86,6 +89,9 @@ class TokenFlowTraining(nn.Module):
             raise ValueError("stage 'decoder' trains on fixed codes, and a restart would move codes: leave it out")
         self.model, self.teacher, self.perceptual, self.critic, self.config = model, teacher, perceptual, critic, config
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        quantizer = model.config.quantizer
+        # Update in which each scale last used each code, shape (S, K).
+        self.register_buffer("last_used", torch.full((len(quantizer.scales), quantizer.codes), -USAGE_WINDOW))
         self.restart = restart
         self.latest: tuple[Tensor, Tensor] | None = None
         if config.tower_is_teacher:
@@ -107,6 +113,9 @@ class TokenFlowTraining(nn.Module):
     ) -> dict[str, Tensor]:
         """Terms of one step by name, unweighted, and `total`, their weighted sum with the critic's loss.
 
+        Beside them `batch_usage`, the share of codes that this batch uses, and `usage_1`, ..., `usage_g`, the share
+        that each scale has used within the last 100 updates of this process.
+
         Args:
             images: Shape (B, 3, size, size) in [-1, 1].
             generator: Source of the scale drop, on the pictures' device.
@@ -115,6 +124,7 @@ class TokenFlowTraining(nn.Module):
         if self.training:
             self.steps += 1
         config, model = self.config, self.model
+        drop = None
         terms: dict[str, Tensor] = {}
         if config.stage == "decoder":
             with torch.no_grad():
@@ -138,7 +148,17 @@ class TokenFlowTraining(nn.Module):
         total = sum(self._weight(name) * value for name, value in terms.items())
         assert isinstance(total, Tensor)
         used = quantized.codes.unique().numel() / model.config.quantizer.codes
-        return {"total": total, **terms, "batch_usage": total.new_tensor(used)}
+        return {"total": total, **terms, "batch_usage": total.new_tensor(used), **self._usage(quantized.codes, drop)}
+
+    def _usage(self, codes: Tensor, drop: int | None) -> dict[str, Tensor]:
+        quantizer = self.model.config.quantizer
+        if self.training:
+            kept = [place for place in range(len(quantizer.scales)) if place != drop]
+            parts = codes.split([quantizer.counts[place] for place in kept], dim=1)
+            for place, part in zip(kept, parts, strict=True):
+                self.last_used[place, part.flatten()] = self.steps
+        shares = (self.last_used > self.steps - USAGE_WINDOW).float().mean(1)
+        return {f"usage_{side}": share for side, share in zip(quantizer.scales, shares, strict=True)}
 
     def _weight(self, name: str) -> float:
         return self.config.vector if name == "commitment" else getattr(self.config, name)
