@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from importlib import import_module
 
@@ -6,6 +7,10 @@ import torch
 
 from headrace.tokenizers.auto import RELEASE_FILES, TOKENIZERS, load_tokenizer, new_tokenizer, tokenizer_class
 from headrace.tokenizers.base import Tokenizer
+from headrace.tokenizers.uniflow import UniFlow
+from headrace.tokenizers.uniflow_config import UniFlowConfig
+from headrace.tokenizers.uniflow_encoders import ENCODERS
+from headrace.tokenizers.uniflow_import import save_official
 
 
 @pytest.mark.parametrize("family", TOKENIZERS)
@@ -44,6 +49,24 @@ def test_a_file_of_a_release_needs_its_family(tmp_path):
         load_tokenizer(file)
     with pytest.raises(ValueError, match="did you mean 'tokenflow'"):
         load_tokenizer(f"tokenflo:{file}")
+
+
+def test_a_hub_id_of_a_release_goes_to_its_importer(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    encoder = dataclasses.replace(ENCODERS["tiny"], image_size=32, depth=1)
+    model = UniFlow(UniFlowConfig(encoder=encoder, latent_channels=8, global_depth=1, flow_depth=1)).eval()
+    folder = tmp_path / "snapshot"
+    save_official(model, folder / "model.safetensors")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    for source in ("uniflow:somebody/UniFlow", f"uniflow:{folder}"):
+        again = load_tokenizer(source)
+        assert torch.equal(again.to_latent.c_fc.weight, model.to_latent.c_fc.weight)
+    assert asked == ["somebody/UniFlow"]
+    with pytest.raises(ValueError, match="takes no revision"):
+        load_tokenizer("uniflow:somebody/UniFlow", revision="main")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        load_tokenizer("uniflow:./nowhere")
 
 
 @pytest.mark.parametrize("family", RELEASE_FILES)

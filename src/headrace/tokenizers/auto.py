@@ -18,10 +18,11 @@ TOKENIZERS = {
     "lwm-vqgan": "headrace.tokenizers.lwm_vqgan:LwmVQGAN",
 }
 
-# family: the function that reads one weights file of its release, `importer(path) -> Tokenizer`
+# family: the function that reads its release, `importer(file, ...) -> Tokenizer`
 RELEASE_FILES = {
     "tokenflow": "headrace.tokenizers.tokenflow_import:load_official",
     "uniflow": "headrace.tokenizers.uniflow_import:load_official",
+    "flowtok": "headrace.tokenizers.flowtok_import:load_official",
 }
 
 
@@ -64,23 +65,27 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
 
     Args:
         source: A folder written by `save_pretrained`, a Hub id `owner/name`, a release's weights file with its family
-            in front, such as `tokenflow:tokenflow_clipb_32k_enhanced.pt`, or a name such as `tokenflow:tiny`. A name
-            carries no weights: the model is built with random ones, and a warning says so. A folder of the same name
-            wins. Files are read without running code in them.
-        revision: Branch, tag or commit for a Hub id.
+            in front, such as `tokenflow:tokenflow_clipb_32k_enhanced.pt` (FlowTok's two files with a comma between), a
+            release's folder or Hub id likewise, such as `uniflow:yuezhengrong/UniFlow`, or a name such as
+            `tokenflow:tiny`. A name carries no weights: the model is built with random ones, and a warning says so. A
+            folder of the same name wins. Files are read without running code in them.
+        revision: Branch, tag or commit for a Hub id without a family in front.
 
     Returns:
         The tokenizer in eval mode.
 
     Raises:
         ValueError: Unknown name (a near match is named), a folder of something that is no tokenizer, broken files, a
-            file without a family in front.
+            file without a family in front, a revision for a release.
         FileNotFoundError: No such folder or Hub id.
     """
     text = os.fspath(source)
     family, _, file = text.partition(":")
-    if os.path.isfile(file):
-        return _importer(family)(file)
+    files = [file] if os.path.isfile(file) else file.split(",")
+    if all(map(os.path.isfile, files)) or (family in RELEASE_FILES and "/" in file and not os.path.isdir(text)):
+        if revision is not None:
+            raise ValueError(f"{text} is read by its release's importer, which takes no revision")
+        return _importer(family)(*files)
     if os.path.isfile(text):
         raise ValueError(
             f"{text} is a file, and a folder was wanted. For a release's weights say whose they are: "
@@ -102,7 +107,7 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     return tokenizer_class(classes[written_by]).from_pretrained(folder)
 
 
-def _importer(family: str) -> Callable[[str], Tokenizer]:
+def _importer(family: str) -> Callable[..., Tokenizer]:
     if family not in RELEASE_FILES:
         raise ValueError(_unknown("reader of release files", family, list(RELEASE_FILES)))
     module, attribute = RELEASE_FILES[family].split(":")

@@ -6,7 +6,9 @@ flow. We read no pickles; convert once with
 """
 
 import math
+import os
 import re
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from headrace.nn.axial_rope import axial_angles
 from headrace.nn.dit import SequenceDiT, SequenceDiTConfig
 from headrace.nn.grid_positions import sincos_1d
-from headrace.nn.pretrained import load_strictly
+from headrace.nn.pretrained import load_strictly, read_weights
 from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.flowtok_bridge import TextToImage
 from headrace.tokenizers.flowtok_captions import CaptionConfig
@@ -220,7 +222,8 @@ def from_official(
     captions: CaptionConfig,
     *,
     heads: int = 0,
-    projector_heads: int = 8,
+    projector_heads: int = OFFICIAL_PROJECTOR_HEADS,
+    what: tuple[str, str] = ("the image tokenizer", "the flow"),
 ) -> FlowTok:
     """A FlowTok of both official files, text-to-image only, with the released sampler's step grid.
 
@@ -230,6 +233,7 @@ def from_official(
         captions: The text tower; `CaptionConfig()` for CLIP, whose weights `model.captions.load_clip()` fetches.
         heads: See `flow_config`.
         projector_heads: Heads of the projector, 8 in the release.
+        what: What errors call the two.
 
     Raises:
         ValueError: The parts do not fit each other or are not what they should be.
@@ -243,9 +247,52 @@ def from_official(
         legacy_grid=True,
     )
     model = FlowTok(config)
-    load_image_tokenizer(model.image, image, what="the image tokenizer")
-    load_flow(model.to_image, flow, what="the flow")
+    load_image_tokenizer(model.image, image, what=what[0])
+    load_flow(model.to_image, flow, what=what[1])
     return model.eval()
+
+
+def load_official(
+    tokenizer_file: str | os.PathLike[str],
+    flow_file: str | os.PathLike[str] | None = None,
+    *,
+    captions: CaptionConfig | None = None,
+    heads: int = 0,
+    projector_heads: int = OFFICIAL_PROJECTOR_HEADS,
+) -> FlowTok:
+    """Read both files of the release, converted to safetensors, strictly.
+
+    Args:
+        tokenizer_file: The image tokenizer.
+        flow_file: The flow of the same token shape; needed, None only gives a clearer error.
+        captions: Text tower without weights of its own; None takes CLIP with its weights, fetched from the Hub.
+        heads: See `flow_config`.
+        projector_heads: Heads of the projector.
+
+    Returns:
+        The model in eval mode, text-to-image only.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: One file only, a truncated one, another model's, or two that do not fit each other.
+        OSError: CLIP is neither cached nor reachable.
+    """
+    if flow_file is None:
+        raise ValueError(
+            f"FlowTok's release is two files, an image tokenizer and a flow, and {tokenizer_file} is one; "
+            "give both, by name as flowtok:TOKENIZER_FILE,FLOW_FILE"
+        )
+    model = from_official(
+        read_weights(Path(tokenizer_file)),
+        read_weights(Path(flow_file)),
+        captions or CaptionConfig(),
+        heads=heads,
+        projector_heads=projector_heads,
+        what=(os.fspath(tokenizer_file), os.fspath(flow_file)),
+    )
+    if captions is None:
+        model.captions.load_clip()
+    return model
 
 
 def official_state(model: FlowTok) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
