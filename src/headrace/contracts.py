@@ -103,6 +103,66 @@ def require_same_spec(policy: ActionSpec, environment: ActionSpec) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a policy must be shown; what is empty may be anything.
+
+    Attributes:
+        cameras: Names of the cameras that it looks at, of those that there are.
+        picture_size: (height, width) of their pictures [px].
+        state_names: Names of the state's numbers.
+    """
+
+    cameras: tuple[str, ...] = ()
+    picture_size: tuple[int, ...] = ()
+    state_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Needs":
+        """Rebuild from `to_dict`; keys of a later version are passed over."""
+        return cls(**{f.name: tuple(data[f.name]) for f in fields(cls) if f.name in data})
+
+    def require(self, cameras: tuple[str, ...], state_names: tuple[str, ...]) -> str:
+        """Refuse an environment that cannot show it; returns a remark where the state is called by other names.
+
+        Raises:
+            SpecMismatch: A camera is absent, or the state has another length.
+        """
+        absent = [camera for camera in self.cameras if camera not in cameras]
+        if absent:
+            raise SpecMismatch(
+                f"the policy needs the camera {', '.join(absent)}; this environment has {', '.join(cameras) or 'none'}"
+            )
+        wanted = self.state_names
+        if not wanted or wanted == state_names:
+            return ""
+        if len(wanted) != len(state_names):
+            raise SpecMismatch(
+                f"the policy needs a state of {len(wanted)} numbers ({', '.join(wanted)}), this environment's has "
+                f"{len(state_names)} ({', '.join(state_names)})"
+            )
+        differing = [f"{one} is {other}" for one, other in zip(wanted, state_names, strict=True) if one != other]
+        return f"the policy knows the state by other names than this environment: {', '.join(differing)}"
+
+    def require_pictures(self, observation: Observation) -> None:
+        """Refuse pictures of another size.
+
+        Raises:
+            SpecMismatch: Names the camera and both sizes.
+        """
+        for camera in self.cameras if self.picture_size else ():
+            size = observation.images[camera].shape[:2] if camera in observation.images else self.picture_size
+            if tuple(size) != self.picture_size:
+                raise SpecMismatch(
+                    f"the policy needs pictures of {' x '.join(map(str, self.picture_size))} px, camera {camera} "
+                    f"gives {' x '.join(map(str, size))}"
+                )
+
+
 class EpisodesLost(ConnectionError):
     """A policy has forgotten running episodes, such as after a lost connection; the others go on.
 
@@ -132,7 +192,8 @@ class Policy(Protocol):
     """Anything that turns observations into action chunks. Batched, so that parallel environments share one call.
 
     A policy that keeps a state between calls (a queue of actions, an ensemble) keys it by slot. One that wants to see
-    earlier steps says how many in `look_back`, which others may leave out.
+    earlier steps says how many in `look_back`, one that needs certain cameras or a certain state says so in `needs`;
+    others may leave them out.
     """
 
     spec: ActionSpec
@@ -154,3 +215,8 @@ class Versions:
 def look_back(policy: Any) -> int:
     """How many control steps before the present a policy wants in `Observation.past`; 0 for one that does not say."""
     return int(getattr(policy, "look_back", 0))
+
+
+def needs_of(policy: Any) -> Needs:
+    """What a policy must be shown; anything, for one that does not say."""
+    return getattr(policy, "needs", Needs())

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.contracts import ActionSpec, Observation, Policy
+from headrace.cli.rollout import make_policy, settings_of
+from headrace.contracts import ActionSpec, Needs, Observation, Policy, needs_of
 from headrace.robot.chunking import RecedingHorizon, TemporalEnsemble
 from headrace.robot.policy import FlowPolicy, RandomPolicy, load_policy, settle
 from headrace.robot.vipra import VipraConfig, VipraPolicy
@@ -41,6 +42,28 @@ def test_a_batch_gives_what_each_slot_gives_alone(folder):
     one = np.concatenate([alone.act([observation()], [slot]).actions for slot in (0, 1)])
     np.testing.assert_allclose(both, one, atol=1e-5)
     assert not np.allclose(both[0], both[1]) and isinstance(together, Policy)
+
+
+def test_what_a_checkpoint_must_see_reaches_whoever_asks_its_wrapper_or_its_server(folder):
+    from headrace.robot.client import RemotePolicy
+    from headrace.robot.server import ServerConfig, background
+
+    wanted = Needs(cameras=("base_camera",), state_names=tuple(f"s{i}" for i in range(15)))
+    policy = load_policy(str(folder))
+    assert needs_of(RecedingHorizon(policy, 2)) == needs_of(TemporalEnsemble(policy)) == wanted
+    assert needs_of(RandomPolicy(SPEC)) == Needs()
+    with background(policy, ServerConfig(port=0)) as server:
+        remote = RemotePolicy(f"ws://127.0.0.1:{server.port}", timeout=20.0)
+        assert needs_of(remote) == wanted
+        remote.close()
+
+
+def test_more_actions_than_a_chunk_has_are_refused(folder):
+    given = {"solver": "euler", "steps": None, "grid": None, "ensemble": False, "precision": "fp32"}
+    horizon = load_policy(str(folder)).horizon
+    assert make_policy(str(folder), [], settings_of(execute=horizon, **given)).execute == horizon
+    with pytest.raises(ValueError, match=f"--execute {horizon + 1} asks for more than the {horizon} actions"):
+        make_policy(str(folder), [], settings_of(execute=horizon + 1, **given))
 
 
 def test_the_seed_fixes_the_actions(folder):

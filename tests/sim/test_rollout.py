@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from headrace.cli.rollout import checkpoint_of
-from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, SpecMismatch
+from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Needs, SpecMismatch
 from headrace.sim.rollout import RolloutSettings, roll_out
 from headrace.sim.run_folder import claim, read_episodes
 from headrace.sim.tasks import Task
@@ -140,6 +140,37 @@ def test_a_policy_for_another_controller_is_refused_by_field(task, tmp_path):
     other = replace(SPEC, rate=5.0, names=("y",))
     with pytest.raises(SpecMismatch, match=r"names: policy \('y',\).*rate: policy 5.0, environment 10.0"):
         run(task, Pusher(spec=other), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (Needs(cameras=("wrist", "eye")), "needs the camera wrist; this environment has eye"),
+        (Needs(cameras=("eye",), picture_size=(32, 32)), "32 x 32 px, camera eye gives 16 x 16"),
+        (Needs(state_names=("x", "y")), r"a state of 2 numbers \(x, y\), this environment's has 1 \(x\)"),
+    ],
+    ids=["camera", "size", "state"],
+)
+def test_a_policy_that_needs_to_see_something_else_is_refused(task, tmp_path, needs, reason):
+    policy = Pusher()
+    policy.needs = needs
+    with pytest.raises(SpecMismatch, match=reason):
+        run(task, policy, tmp_path / "out")
+    assert not policy.batches and not read_episodes(tmp_path / "out" / "episodes.jsonl")
+
+
+def test_a_state_of_other_names_is_warned_of(task, tmp_path, caplog):
+    policy = Pusher()
+    policy.needs = Needs(cameras=("eye",), picture_size=(16, 16), state_names=("tcp",))
+    assert run(task, policy, tmp_path / "out", episodes=1)["successes"] == 1
+    assert "Toy: the policy knows the state by other names than this environment: tcp is x" in caplog.text
+
+
+def test_a_task_that_cannot_run_here_is_refused_before_the_first_task(task, tmp_path):
+    lacking = replace(task, name="Lacking", missing=lambda: "fetch it")
+    with pytest.raises(FileNotFoundError, match=r"Lacking needs files.*fetch it"):
+        roll_out([task, lacking], Pusher(), RolloutSettings(episodes=1), tmp_path / "out", policy_name="toy")
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_processes_share_policy_calls_and_agree_with_one(task, tmp_path):

@@ -157,8 +157,8 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
     """The policy that `name` stands for; None for the tasks' own experts. `random` asks a simulator for its actions.
 
     Raises:
-        ValueError: A task without an expert, solver options for a policy that is not sampled here, or settings that
-            the policy refuses.
+        ValueError: A task without an expert, solver options for a policy that is not sampled here, settings that the
+            policy refuses, or more actions to execute than it gives.
     """
     asked = "grid" in chosen or "steps" in chosen or chosen["solver"] != "euler"
     if asked and name.startswith(("ws://", "wss://")):
@@ -195,4 +195,7 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
     policy = load_policy(name, solver=solver, precision=chosen["precision"])
     if "ensemble" in chosen:
         return TemporalEnsemble(policy)
-    return RecedingHorizon(policy, chosen.get("execute", max(1, policy.horizon // 2)))
+    execute = chosen.get("execute", max(1, policy.horizon // 2))
+    if execute > policy.horizon:
+        raise ValueError(f"--execute {execute} asks for more than the {policy.horizon} actions of this policy's chunks")
+    return RecedingHorizon(policy, execute)

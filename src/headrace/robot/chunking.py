@@ -5,7 +5,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from headrace.contracts import ActionChunk, ActionSpec, Observation, Policy, look_back
+from headrace.contracts import ActionChunk, ActionSpec, Needs, Observation, Policy, look_back, needs_of
 
 
 class RecedingHorizon:
@@ -32,6 +32,11 @@ class RecedingHorizon:
     def look_back(self) -> int:
         """As the wrapped policy's."""
         return look_back(self.policy)
+
+    @property
+    def needs(self) -> Needs:
+        """As the wrapped policy's."""
+        return needs_of(self.policy)
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode."""
@@ -69,6 +74,11 @@ class TemporalEnsemble:
     def look_back(self) -> int:
         """As the wrapped policy's."""
         return look_back(self.policy)
+
+    @property
+    def needs(self) -> Needs:
+        """As the wrapped policy's."""
+        return needs_of(self.policy)
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: earlier chunks are forgotten."""

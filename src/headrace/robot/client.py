@@ -7,7 +7,7 @@ import numpy as np
 from websockets.exceptions import InvalidHandshake, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Observation
+from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Needs, Observation
 from headrace.robot.wire import Limits, WireError, pack, unpack
 
 
@@ -72,6 +72,12 @@ class RemotePolicy:
         """Control steps before the present whose pictures the server wants too."""
         told = self.metadata.get("look_back", 0)
         return told if isinstance(told, int) and told > 0 else 0
+
+    @property
+    def needs(self) -> Needs:
+        """What the server says that its policy must see; anything, for one that does not say."""
+        told = self.metadata.get("needs")
+        return Needs.from_dict(told) if isinstance(told, dict) else Needs()
 
     def _connect(self) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None

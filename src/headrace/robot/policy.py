@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.contracts import ActionChunk, ActionSpec, Observation
+from headrace.contracts import ActionChunk, ActionSpec, Needs, Observation
 from headrace.flow.solver import SolverSettings
 from headrace.flow.step_grid import settings_for
 from headrace.nn.pretrained import read_config, resolve_folder
@@ -56,6 +56,7 @@ class ObservationHistory:
     def __init__(self, model: VipraActor) -> None:
         self.model, self.config = model, model.config
         self.look_back = -self.config.history[0]
+        self.needs = Needs(cameras=self.config.cameras, state_names=self.config.state_names)  # any size is stretched
         self._frames: dict[int, deque[np.ndarray]] = defaultdict(lambda: deque(maxlen=1 + self.look_back))
         self._told = False
 
@@ -167,6 +168,11 @@ class FlowPolicy:
         """Control steps before the present that the network sees."""
         return self._history.look_back
 
+    @property
+    def needs(self) -> Needs:
+        """Cameras and state of the checkpoint."""
+        return self._history.needs
+
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: no history, noise from `seed`."""
         self._history.reset(slot)
@@ -234,6 +240,11 @@ class BinsPolicy:
     def look_back(self) -> int:
         """Control steps before the present that the network sees."""
         return self._history.look_back
+
+    @property
+    def needs(self) -> Needs:
+        """Cameras and state of the checkpoint."""
+        return self._history.needs
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode; nothing is drawn, so the seed changes nothing."""

@@ -24,7 +24,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from headrace.contracts import Policy, look_back
+from headrace.contracts import Policy, look_back, needs_of
 from headrace.robot.batching import Answer, Batcher, PolicyFailed
 from headrace.robot.server_metrics import ServerMetrics
 from headrace.robot.wire import Limits, WireError, observation_from, pack, unpack
@@ -131,13 +131,14 @@ class PolicyServer:
             await self._worker
 
     def metadata(self) -> dict[str, Any]:
-        """What a client is told first: the policy's action convention and this server's limits."""
+        """What a client is told first: the policy's action convention, what it must see, and this server's limits."""
         spec = self.policy.spec.to_dict()
         return {
             "server": "headrace",
             "policy": self.config.name,
             "action_spec": spec,
             "look_back": look_back(self.policy),
+            "needs": needs_of(self.policy).to_dict(),
             "max_slots": self.config.max_slots,
             "type": "hello",
             "payload": {"harness_version": "headrace", "protocol_version": 1, "model_server": self.config.name},

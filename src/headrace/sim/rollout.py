@@ -1,5 +1,6 @@
 """Rolling a policy out: parallel environment processes, batched policy calls, results written as they happen."""
 
+import logging
 import os
 import time
 from collections import deque
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, look_back, require_same_spec
+from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, look_back, needs_of, require_same_spec
 from headrace.sim.episode import Episode
 from headrace.sim.results import hardware, summarise, total, versions
 from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, read_json, write_json
@@ -20,6 +21,7 @@ from headrace.sim.success import SuccessRule
 from headrace.sim.tasks import Task, require_ready
 from headrace.sim.workers import Simulators, Worker, WorkerFailed, ready
 
+log = logging.getLogger(__name__)
 START_UP = 900.0  # seconds; a loaded machine imports a simulator slowly
 EPISODES_FILE, RESULTS_FILE = "episodes.jsonl", "results.json"
 OF_THE_EPISODES = ("date", "hardware", "versions", "action_names", "state_names")  # of when they were made, not told
@@ -112,11 +114,17 @@ class Rollout:
         if not self.described:
             self.described = describe(workers[0], timeout=self.settings.timeout)
             if self.policy is not None:
-                require_same_spec(self.policy.spec, ActionSpec.from_dict(self.described["spec"]))
+                self._require_fit(self.policy)
         slots = [_Slot(index, worker) for index, worker in enumerate(workers)]
         busy = [slot for slot in slots if self._begin(slot, waiting)]
         while busy:
             yield from self._advance(busy, waiting)
+
+    def _require_fit(self, policy: Policy) -> None:
+        require_same_spec(policy.spec, ActionSpec.from_dict(self.described["spec"]))
+        names = (tuple(self.described[key]) for key in ("cameras", "state_names"))
+        if remark := needs_of(policy).require(*names):
+            log.warning("%s: %s", self.task.name, remark)
 
     def _begin(self, slot: _Slot, waiting: deque[tuple[int, int]]) -> bool:
         if not waiting:
@@ -150,6 +158,7 @@ class Rollout:
                 yield from self._failed(slot, str(error), busy, waiting)
                 continue
             if slot.answered == "start":
+                needs_of(self.policy).require_pictures(answer)
                 asking.append((slot, answer))
             elif slot.answered == "run":
                 observation, ended = answer
@@ -285,9 +294,12 @@ def roll_out(
 
     Raises:
         FileExistsError: The folder is in use, or holds another run.
-        SpecMismatch: The policy's action convention differs from an environment's.
-        FileNotFoundError: A task's files are not here.
+        SpecMismatch: The policy's action convention differs from an environment's, or it needs other cameras, pictures
+            or states.
+        FileNotFoundError: A task's files are not here; no task is begun then.
     """
+    for task in tasks:
+        require_ready(task)
     identity = {
         "policy": policy_name,
         "policy_settings": policy_settings or {},
