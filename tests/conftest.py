@@ -1,7 +1,10 @@
-"""Fixtures that tests of several rooms share: stored runs of official code ("golden sets")."""
+"""Fixtures that tests of several rooms share: stored runs of official code ("golden sets"), a disk that fills up."""
 
 import json
 import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,3 +64,19 @@ def official_keys(request: pytest.FixtureRequest) -> dict[str, tuple[int, ...]]:
     if not path.is_file():
         pytest.skip(f"no {path.name} in {GOLDEN}; set HEADRACE_GOLDEN")
     return {name: tuple(shape) for name, (shape, _) in json.loads(path.read_text()).items()}
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which no file of this process can grow beyond so many bytes; a write stops in the middle then."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+    return limited

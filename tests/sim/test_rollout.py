@@ -250,6 +250,16 @@ def test_nothing_half_written_counts_as_results(task, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "results.json").exists()
 
 
+def test_a_video_that_cannot_be_written_costs_only_itself(task, tmp_path, caplog):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "videos").write_text("a file where the folder should be")
+    results = run(task, Pusher(), tmp_path / "out", episodes=2, videos=1)
+    rows = read_episodes(tmp_path / "out" / "episodes.jsonl")
+    assert (results["errors"], results["successes"]) == (0, 2)
+    assert [row["video"] for row in rows] == [None, None] and rows[1]["note"] is None
+    assert "the video could not be written" in rows[0]["note"] and "Toy, seed 0: the video" in caplog.text
+
+
 def test_settings_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="episodes must be at least 1, got 0"):
         RolloutSettings(episodes=0)

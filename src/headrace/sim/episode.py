@@ -52,6 +52,7 @@ class Episode:
         flags: The environment's success flag after each step.
         readings: The last step's further flags and numbers.
         error: Why the episode broke off, or None.
+        note: What went wrong beside the episode, such as a video that could not be written; it counts all the same.
     """
 
     seed: int
@@ -62,6 +63,7 @@ class Episode:
     flags: list[bool] = field(default_factory=list)
     readings: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    note: str | None = None
     seconds: float = 0.0
 
     @property
@@ -115,12 +117,18 @@ class EpisodeRunner:
         return replace(observation, past=self._past(look_back)), False
 
     def finish(self, video: str | None = None) -> Episode:
-        """The finished episode without its frames; writes them to `video` (first camera) if a path is given."""
+        """The finished episode without its frames; writes them to `video` (first camera) if a path is given.
+
+        A video that cannot be written, as on a full disk, is noted and costs the episode nothing else.
+        """
         episode = self.episode
         episode.seconds = time.perf_counter() - self._started
         if video and episode.frames:
             camera = next(iter(episode.frames[0]))
-            write_mp4(Path(video), [f[camera] for f in episode.frames], rate=self.environment.spec.rate)
+            try:
+                write_mp4(Path(video), [f[camera] for f in episode.frames], rate=self.environment.spec.rate)
+            except OSError as error:
+                episode.note = f"the video could not be written: {error}"
         return Episode(**{**vars(episode), "frames": []})
 
     def expert(self, seed: int, video: str | None = None) -> Episode:

@@ -211,7 +211,9 @@ class Rollout:
     ) -> dict[str, Any]:
         """What `episodes.jsonl` keeps of an episode."""
         reading, video = episode.success, self._video(number, seed)
-        written = video is not None and Path(video).exists()
+        written = video is not None and episode.note is None and Path(video).exists()
+        if episode.note:
+            log.warning("%s, seed %d: %s", self.task.name, seed, episode.note)
         return {
             "task": self.task.name,
             "episode": number,
@@ -224,6 +226,7 @@ class Rollout:
             "steps": len(episode.flags),
             "seconds": round(episode.seconds, 3),
             "error": episode.error,
+            "note": episode.note,
             "readings": {key: round(value, 5) for key, value in episode.readings.items()},
             "policy_ms": milliseconds or [],
             "video": os.path.relpath(video, self.folder) if written and video else None,
