@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headrace.sim.collect import CollectSettings, collect
+from headrace.sim.run_folder import claim
 from headrace.sim.tasks import Task, find_task
 
 pytestmark = [pytest.mark.sim, pytest.mark.render]
@@ -29,7 +30,7 @@ def test_lerobot_loads_what_we_write(demonstrations):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = LeRobotDataset("local/PushCube-v1", root=demonstrations)
-    assert dataset.num_episodes == 2 and dataset.fps == 20
+    assert dataset.num_episodes == 2 and dataset.fps == 20 and dataset.meta.robot_type == "panda"
     sample = dataset[0]
     assert sample["observation.images.base_camera"].shape == (3, 64, 64)
     assert sample["action"].shape == (7,) and sample["task"] == "push the cube to the target"
@@ -90,18 +91,22 @@ def test_train_then_roll_out(demonstrations, tmp_path):
 
 
 TOY = """
+import os, time
 import numpy as np
 from headrace.contracts import ActionSpec, Observation
 from headrace.sim.environment import Step
 
 class Toy:
     spec = ActionSpec(names=("x",), frame="joint", rotation="none", gripper="none", rate=10.0)
-    cameras, state_names = ("eye",), ("x",)
+    cameras, state_names, robot = ("eye",), ("x",), "stick"
     def __init__(self, task, **settings): self.reaches = settings.get("reaches", True)
     def observe(self):
         return Observation(images={"eye": np.zeros((64, 64, 3), np.uint8)}, state=np.zeros(1, np.float32))
     def reset(self, seed):
         self.steps = 0
+        if seed % 100 == 76: time.sleep(1000)
+        if 76 < seed % 100 < 90: time.sleep(3)  # so that there is a while in which the hang can be noticed
+        if seed % 100 == 96: os._exit(7)
         return self.observe()
     def step(self, action):
         self.steps += 1
@@ -151,3 +156,21 @@ def test_a_full_disk_ends_with_a_sentence_and_no_folder(toy, tmp_path, monkeypat
     assert "No space left on device" in said and "free some space" in said
     assert not (tmp_path / "out").exists()
     assert main(arguments) == 0 and (tmp_path / "out" / "meta" / "info.json").exists()  # the next try is not in the way
+
+
+def test_one_hung_simulator_of_two_is_noticed_and_costs_one_attempt(toy, tmp_path):
+    done = collect(toy, CollectSettings(episodes=6, seed=75, num_envs=2, timeout=8.0), tmp_path / "out")
+    assert done.kept == 6 and done.tried > 6
+    info = json.loads((tmp_path / "out" / "meta" / "info.json").read_text())
+    assert info["total_episodes"] == 6 and info["robot_type"] == "stick"
+
+
+def test_a_simulator_that_dies_costs_one_attempt(toy, tmp_path):
+    done = collect(toy, CollectSettings(episodes=3, seed=95, num_envs=1), tmp_path / "out")
+    assert (done.kept, done.tried) == (3, 4)
+
+
+def test_two_collects_into_one_folder_are_refused(toy, tmp_path):
+    with claim(tmp_path / ".out.claim"), pytest.raises(FileExistsError, match="another run is writing"):
+        collect(toy, CollectSettings(episodes=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,9 +2,9 @@
 
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,32 +59,44 @@ class Collected(NamedTuple):
     seconds: float
 
 
-def demonstrations(task: Task, settings: CollectSettings, workers: list[Worker]) -> Iterator[Episode]:
-    """Successful demonstrations in the order of their seeds' completion; gives up when most attempts fail.
+def demonstrations(task: Task, settings: CollectSettings, workers: list[Worker]) -> Iterator[tuple[Episode, int]]:
+    """Successful demonstrations as they end, each with how many were tried so far; gives up when most attempts fail.
+
+    A simulator that does not answer within the settings' timeout is replaced, whatever the others do.
 
     Raises:
         ExpertFails: Fewer than one in five of at least 25 attempts succeeded.
     """
-    seeds, kept, tried = deque(range(settings.seed, settings.seed + 10 * settings.episodes + 25)), 0, 0
+    seeds, kept, tried = count(settings.seed), 0, 0
+    sent_at: dict[Worker, float] = {}
+
+    def ask(worker: Worker) -> None:
+        worker.send("demonstrate", next(seeds), settings.perturbation, settings.linger, settings.seed)
+        sent_at[worker] = time.monotonic()
+
     for worker in workers:
-        worker.send("demonstrate", seeds.popleft(), settings.perturbation, settings.linger, settings.seed)
-    while kept < settings.episodes:
-        for worker in list(ready(workers, settings.timeout)) or workers[:1]:
+        ask(worker)
+    while True:
+        answered = list(ready(workers, timeout=1.0))
+        hung = [w for w in workers if w not in answered and time.monotonic() - sent_at[w] > settings.timeout]
+        for worker in (*answered, *hung):
             tried += 1
+            episode: Episode | None = None
             try:
-                episode: Episode | None = worker.receive(0)
-            except WorkerFailed:
-                episode = None
+                episode = worker.receive(0)
+                failure = episode.error
+            except WorkerFailed as error:
+                failure = "the environment hangs" if worker in hung else str(error)
                 worker.restart()
             if tried >= 25 and kept < tried / 5:
-                why = f"; the last one: {episode.error}" if episode is not None and episode.error else ""
+                why = f"; the last one: {failure}" if failure else ""
                 raise ExpertFails(f"only {kept} of {tried} demonstrations of {task.name} succeeded{why}")
-            worker.send("demonstrate", seeds.popleft(), settings.perturbation, settings.linger, settings.seed)
-            if episode is not None and episode.error is None and episode.success.at_end:
+            ask(worker)
+            if episode is not None and failure is None and episode.success.at_end:
                 kept += 1
-                yield episode
+                yield episode, tried
                 if kept == settings.episodes:
-                    break
+                    return
 
 
 def features_of(described: dict[str, Any], image_shape: tuple[int, ...]) -> dict[str, dict[str, Any]]:
@@ -119,19 +131,20 @@ def collect(task: Task, settings: CollectSettings, folder: Path) -> Collected:
     part = folder.with_name(f".{folder.name}.part")
     holding = folder.with_name(f".{folder.name}.claim")
     require_ready(task)
-    started, frames = time.perf_counter(), 0
+    started, frames, tried = time.perf_counter(), 0, 0
     with claim(holding), Simulators() as simulators:
         if part.exists():
             shutil.rmtree(part)
         workers = simulators.assign(task, None, settings.num_envs)
-        described = describe(workers[0], timeout=settings.timeout)
+        declared = [describe(worker, timeout=settings.timeout) for worker in workers]  # so that all are up
+        described = declared[0]
         dataset: Any = None
         bar = tqdm(total=settings.episodes, desc=f"collect {task.name}", unit="demo", mininterval=0.5)
-        for episode in demonstrations(task, settings, workers):
+        for episode, attempts in demonstrations(task, settings, workers):
             if dataset is None:
                 dataset = _create(part, task, described, next(iter(episode.frames[0].values())).shape)
             _add(dataset, episode)
-            frames += len(episode.actions)
+            tried, frames = attempts, frames + len(episode.actions)
             bar.update()
         bar.close()
         for worker in workers:
@@ -141,7 +154,7 @@ def collect(task: Task, settings: CollectSettings, folder: Path) -> Collected:
         write_json(part / ORIGIN_FILE, origin)
         part.replace(folder)
     shutil.rmtree(holding, ignore_errors=True)
-    return Collected(settings.episodes, settings.episodes, frames, time.perf_counter() - started)
+    return Collected(settings.episodes, tried, frames, time.perf_counter() - started)
 
 
 def _create(folder: Path, task: Task, described: dict[str, Any], image_shape: tuple[int, ...]) -> Any:
@@ -153,7 +166,7 @@ def _create(folder: Path, task: Task, described: dict[str, Any], image_shape: tu
         fps=round(described["spec"]["rate"]),
         features=features_of(described, image_shape),
         root=folder,
-        robot_type="panda",
+        robot_type=described["robot"] or None,
         use_videos=True,
         # A fine H.264 stream encoded while frames arrive: the default writes PNG files and an AV1 video from them,
         # twice the time, and its quality blurs a 4 cm cube at 128 px.

@@ -24,7 +24,8 @@ class Step(NamedTuple):
 class Environment(Protocol):
     """One running task. The runner counts the steps and ends the episode.
 
-    An environment may have a settable `drawing`: while False, its observations have no pictures.
+    An environment may have a settable `drawing`: while False, its observations have no pictures. It may name its
+    `robot`, as a LeRobotDataset's `robot_type` does.
     """
 
     spec: ActionSpec

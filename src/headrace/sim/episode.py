@@ -87,9 +87,14 @@ class EpisodeRunner:
         self._expert: Any = None
 
     def describe(self) -> dict[str, Any]:
-        """The environment's action spec, cameras and state names, JSON-ready."""
+        """The environment's action spec, cameras, state names and robot (empty if it names none), JSON-ready."""
         env = self.environment
-        return {"spec": env.spec.to_dict(), "cameras": list(env.cameras), "state_names": list(env.state_names)}
+        return {
+            "spec": env.spec.to_dict(),
+            "cameras": list(env.cameras),
+            "state_names": list(env.state_names),
+            "robot": str(getattr(env, "robot", "")),
+        }
 
     def start(self, seed: int, record: bool = False) -> Observation:
         """Begin the episode that `seed` names; `record` keeps the picture of every step."""

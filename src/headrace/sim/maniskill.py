@@ -72,6 +72,7 @@ class ManiSkillEnvironment:
         self.env = Unbatched(env)
         self.base: Any = env.unwrapped
         self.cameras = tuple(self.base._sensor_configs) if render else ()
+        self.robot: str = getattr(self.base.agent, "uid", "")
         space = env.action_space
         self.spec = ActionSpec(
             names=EE_DELTA_NAMES if controller == CONTROLLER else tuple(f"a{i}" for i in range(space.shape[0])),

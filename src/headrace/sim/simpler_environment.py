@@ -28,6 +28,7 @@ class SimplerEnvironment:
 
     cameras: tuple[str, ...] = (CAMERA,)
     state_names = STATE_NAMES
+    robot = "widowx"
     largest_move = 0.03  # [m] per step; pushes that are added to demonstrations are scaled by it
 
     def __init__(
