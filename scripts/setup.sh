@@ -49,7 +49,8 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
   if [ "$kind" = dev ]; then cat requirements-run.lock pyproject.toml | sha256sum | cut -d' ' -f1 >.venv/.installed-run; fi
 fi
 
-# 4. A Vulkan device: only where none is usable, Mesa's software one through apt.
+# 4. A Vulkan device: only where none is usable, Mesa's software one through apt. One that was found is noted in
+# .venv/.vulkan and not looked for again; `headrace doctor` removes the note when it finds none any more.
 has_vulkan() {
   .venv/bin/python - <<'PY' >/dev/null 2>&1
 import sapien

@@ -1,5 +1,6 @@
 """`headrace doctor`: what this machine has, and the next step for each thing missing."""
 
+import contextlib
 import importlib.util
 import platform
 import shutil
@@ -17,13 +18,19 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
-def vulkan_device() -> str | None:
-    """Name of the device that SAPIEN would render with, or None. Asked in a process of its own, for it may abort."""
+def vulkan_device(*, timeout: float = 120.0) -> str | None:
+    """Name of the device that SAPIEN would render with, or None; asked in a process of its own, for it may abort.
+
+    A device that does not answer within `timeout` seconds counts as none.
+    """
     code = (
         "import sapien; sapien.Scene(); sapien.render.RenderCameraComponent(8, 8); "
         "print('@' + sapien.render.get_device_summary())"
     )
-    probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    try:
+        probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None
     return device_name(probe.stdout.partition("@")[2]) if probe.returncode == 0 else None
 
 
@@ -39,6 +46,12 @@ def device_name(summary: str) -> str:
     return names[0] if names else "a device without a name"
 
 
+def forget_vulkan() -> None:
+    """Drop the set-up's note that a device was found, so that `scripts/setup.sh` looks again."""
+    with contextlib.suppress(OSError):
+        (Path(sys.prefix) / ".vulkan").unlink()
+
+
 def findings(folder: Path) -> list[Finding]:
     """Look at everything that headrace needs."""
     rows = [Finding("Python", platform.python_version())]
@@ -52,6 +65,8 @@ def findings(folder: Path) -> list[Finding]:
         rows.append(Finding("simulator", "missing", "run `make setup`"))
     else:
         name = vulkan_device()
+        if name is None:
+            forget_vulkan()
         advice = "" if name else "run `scripts/setup.sh`, which installs Mesa's software Vulkan driver"
         rows.append(Finding("Vulkan", name or "no usable device", advice))
     from importlib.metadata import PackageNotFoundError, version

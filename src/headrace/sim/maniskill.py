@@ -65,8 +65,8 @@ class ManiSkillEnvironment:
         except RuntimeError as error:
             if any(sign in str(error).lower() for sign in ("render", "vulkan", "vk::")):
                 raise NoVulkanDevice(
-                    f"no usable Vulkan device for rendering ({error}). Run scripts/setup.sh, which installs Mesa's "
-                    "software driver; `headrace doctor` shows what is found."
+                    f"no usable Vulkan device for rendering ({error}). `headrace doctor` shows what is found; "
+                    "scripts/setup.sh, run after it, installs Mesa's software driver."
                 ) from error
             raise
         self.env = Unbatched(env)
