@@ -22,6 +22,31 @@ def test_no_vulkan_device_is_one_clear_error():
     assert "Traceback" not in done.stderr
 
 
+def test_a_gpu_that_only_computes_leaves_drawing_to_the_processor(monkeypatch):
+    from headrace.sim import maniskill
+
+    tried, working, failure = [], ["gpu"], RuntimeError("failed to find a rendering device")
+
+    def make(name, *, render_backend, **options):
+        tried.append(render_backend)
+        if render_backend not in working:
+            raise failure
+        return render_backend
+
+    monkeypatch.setattr(maniskill.gym, "make", make)
+    monkeypatch.setattr(maniskill, "render_backends", lambda: ("gpu", "cpu"))
+    assert maniskill.build("PushCube-v1", render=True) == "gpu" and tried == ["gpu"]
+    working[:] = ["cpu"]
+    assert maniskill.build("PushCube-v1", render=True) == "cpu" and tried == ["gpu", "gpu", "cpu"]
+    working.clear()
+    with pytest.raises(maniskill.NoVulkanDevice, match=r"rendering device\).*doctor.*scripts/setup\.sh"):
+        maniskill.build("PushCube-v1", render=True)
+    failure = RuntimeError("out of memory")  # nothing that another device would mend
+    with pytest.raises(RuntimeError, match="out of memory"):
+        maniskill.build("PushCube-v1", render=True)
+    assert tried[-3:] == ["gpu", "cpu", "gpu"]
+
+
 def test_the_environment_declares_what_it_gives():
     task = find_task("PickCube-v1")
     from dataclasses import replace

@@ -13,6 +13,7 @@ from headrace.sim.environment import Step, check_action
 from headrace.sim.tasks import Task
 from headrace.sim.wrappers import Unbatched
 
+log = logging.getLogger(__name__)
 CONTROLLER = "pd_ee_delta_pose"
 # ManiSkill scales a delta action of 1 to 0.1 m; its rotation action of 1 turns by -0.1 rad (its lower bound times one).
 EE_DELTA_NAMES = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
@@ -52,23 +53,15 @@ class ManiSkillEnvironment:
         options: dict[str, Any] = {"robot_uids": robot_uids} if robot_uids else {}
         if render:
             options["sensor_configs"] = {"width": image_size, "height": image_size}
-        try:
-            env: Any = gym.make(
-                task.name,
-                obs_mode="rgb" if render else "state_dict",
-                control_mode=controller,
-                sim_backend="physx_cpu",
-                render_backend=render_backend() if render else "none",
-                max_episode_steps=task.max_steps + 1,  # the runner counts the steps
-                **options,
-            )
-        except RuntimeError as error:
-            if any(sign in str(error).lower() for sign in ("render", "vulkan", "vk::")):
-                raise NoVulkanDevice(
-                    f"no usable Vulkan device for rendering ({error}). `headrace doctor` shows what is found; "
-                    "scripts/setup.sh, run after it, installs Mesa's software driver."
-                ) from error
-            raise
+        env = build(
+            task.name,
+            render=render,
+            obs_mode="rgb" if render else "state_dict",
+            control_mode=controller,
+            sim_backend="physx_cpu",
+            max_episode_steps=task.max_steps + 1,  # the runner counts the steps
+            **options,
+        )
         self.env = Unbatched(env)
         self.base: Any = env.unwrapped
         self.cameras = tuple(self.base._sensor_configs) if render else ()
@@ -131,8 +124,34 @@ class ManiSkillEnvironment:
         return Observation(images=images, state=state, instruction=self.task.instruction)
 
 
-def render_backend() -> str:
-    """`gpu` where CUDA is usable, else `cpu` (a software Vulkan device)."""
+def build(name: str, *, render: bool, **options: Any) -> Any:
+    """ManiSkill's environment `name`, drawing with the first of `render_backends` that works here.
+
+    Raises:
+        NoVulkanDevice: None does; says what to do.
+    """
+    failures = []
+    for backend in render_backends() if render else ("none",):
+        try:
+            env = gym.make(name, render_backend=backend, **options)
+            if failures:
+                log.warning("the GPU cannot draw (%s); a software device does", failures[0])
+            return env
+        except RuntimeError as error:
+            if not any(sign in str(error).lower() for sign in ("render", "vulkan", "vk::")):
+                raise
+            failures.append(error)
+    raise NoVulkanDevice(
+        f"no usable Vulkan device for rendering ({failures[-1]}). `headrace doctor` shows what is found; "
+        "scripts/setup.sh, run after it, installs Mesa's software driver."
+    ) from failures[-1]
+
+
+def render_backends() -> tuple[str, ...]:
+    """What to draw with: `gpu` where CUDA is usable, and `cpu`, a software Vulkan device.
+
+    CUDA says nothing about drawing: containers made for computing have no Vulkan driver of the GPU.
+    """
     import torch
 
-    return "gpu" if torch.cuda.is_available() else "cpu"
+    return ("gpu", "cpu") if torch.cuda.is_available() else ("cpu",)
