@@ -50,6 +50,7 @@ def resolve_dataset(source: str | Path, *, revision: str | None = None) -> Path:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
+    """meta/info.json, checked: v3, with frames in it."""
     path = folder / "meta" / "info.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no meta/info.json: it is not a LeRobotDataset")
@@ -69,6 +70,7 @@ def read_info(folder: Path) -> dict[str, Any]:
 
 
 def find_cameras(features: dict[str, Any], wanted: Sequence[str] | None, folder: Path) -> tuple[str, ...]:
+    """Whole keys of the wanted colour cameras, which may be given by their last part; all for None."""
     present = [
         key
         for key, feature in features.items()
@@ -98,6 +100,7 @@ def vector_names(features: dict[str, Any], keys: Sequence[str], folder: Path) ->
 
 
 def data_files(folder: Path) -> list[Path]:
+    """The parquet files with the rows, in order."""
     return sorted((folder / "data").rglob("*.parquet"))
 
 
@@ -112,6 +115,7 @@ def _read_table(path: Path, columns: list[str]) -> pa.Table:
 
 
 def read_columns(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Columns over all files: shape (N,) or, for vectors, (N, D)."""
     tables = [_read_table(path, names) for path in data_files(folder)]
     if not sum(table.num_rows for table in tables):
         raise ValueError(f"{folder} is empty: data/ holds no frames")
@@ -149,10 +153,6 @@ def _read_whole(path: Path) -> pa.Table:
 
 
 def read_episodes(folder: Path, key: str) -> list[EpisodeVideo]:
-    """Columns over all files: shape (N,) or, for vectors, (N, D)."""
-    """The parquet files with the rows, in order."""
-    """Whole keys of the wanted colour cameras, which may be given by their last part; all for None."""
-    """meta/info.json, checked: v3, with frames in it."""
     """Where each episode's video of camera `key` lies."""
     names = [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
     names = ["episode_index", *names, "dataset_from_index", "dataset_to_index"]

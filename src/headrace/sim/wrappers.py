@@ -38,31 +38,3 @@ def unbatch(value: Any) -> Any:
         value = value[0] if value.ndim and value.shape[0] == 1 else value
         return value.item() if np.ndim(value) == 0 else value
     return value
-
-
-class ActionChunk(gym.Wrapper, gym.utils.RecordConstructorArgs):
-    """Step an environment with a chunk of actions; stops inside the chunk when the episode ends.
-
-    The observation is the last one, the reward the sum; `info["steps"]` is the number of actions used.
-    """
-
-    def __init__(self, env: gym.Env, horizon: int):
-        if horizon < 1:
-            raise ValueError(f"horizon must be at least 1, got {horizon}")
-        gym.utils.RecordConstructorArgs.__init__(self, horizon=horizon)
-        gym.Wrapper.__init__(self, env)
-        one = env.action_space
-        if not isinstance(one, gym.spaces.Box):
-            raise ValueError(f"ActionChunk needs a Box action space, got {one}")
-        shape = (horizon, *one.shape)
-        low, high = np.broadcast_to(one.low, shape), np.broadcast_to(one.high, shape)
-        self.action_space = gym.spaces.Box(low, high, dtype=one.dtype.type)
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        total, used = 0.0, 0
-        for single in action:
-            observation, reward, terminated, truncated, info = self.env.step(single)
-            total, used = total + float(reward), used + 1
-            if terminated or truncated:
-                break
-        return observation, total, terminated, truncated, {**info, "steps": used}
