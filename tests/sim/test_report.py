@@ -1,3 +1,4 @@
+import base64
 import html.parser
 import json
 import re
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 from websockets.sync.client import connect
@@ -243,3 +245,7 @@ def test_videos_play_in_chromium(results, tmp_path):
         answer = call("Runtime.evaluate", expression=PROBE, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]["exception"].get("description")
         assert answer["result"].get("value") == " ".join(["played"] * 6) + "; hidden 2"
+        shot = base64.b64decode(call("Page.captureScreenshot", format="png")["data"])
+    picture = cv2.imdecode(np.frombuffer(shot, np.uint8), cv2.IMREAD_COLOR)
+    colours = np.unique(picture.reshape(-1, 3), axis=0)
+    assert picture.shape[1] == 1200 and picture.std() > 10 and len(colours) > 100, "the page is blank"
