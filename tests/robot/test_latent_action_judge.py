@@ -118,3 +118,19 @@ def test_motion_error_of_a_copy_is_the_motion_and_of_the_truth_is_0(model):
     copied, still = motion_error(Copy(False), clip)
     true, _ = motion_error(Copy(True), clip)
     assert true == 0 and copied == pytest.approx(still, rel=0.05) and still > 0.5
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_agreement_compares_the_same_transitions_at_every_stride(stride):
+    from types import SimpleNamespace
+
+    from headrace.robot.latent_action_judge import _agreement, _transitions
+
+    corpus = SimpleNamespace(lengths=np.array([23, 31]), strides=np.array([stride, stride]))
+    starts = [
+        torch.tensor([[100 * i + s] for i, n in enumerate((23, 31)) for s in _transitions(n, stride, 4, offset)])
+        for offset in (0, 1)
+    ]
+    assert starts[1][0] == stride  # one transition later
+    assert _agreement(corpus, 4, *starts) == 1.0
+    assert _agreement(corpus, 4, starts[0], starts[1] + 1) == 0.0

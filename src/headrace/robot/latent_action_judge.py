@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
         flow_error: End-point error of the predicted motion where something moves, by Farneback's method, which no
             training term uses [px].
         flow_error_copied: The same if the present frame is given as the next one, the mean length of the motion [px].
-        agreement: Share of equal codes of the same transitions in windows one frame apart.
+        agreement: Share of equal codes of the same transitions in windows one transition apart.
         transitions: Held-out transitions behind these numbers.
     """
 
@@ -84,7 +84,7 @@ def encode_corpus(
         model: In eval mode.
         corpus: Videos at the model's picture size.
         positions: Of each video.
-        offset: First frame of the first window.
+        offset: First transition of the first window.
         at_most: Windows to take, drawn at random but always the same ones; None for all.
         batch_size: Windows at a time.
 
@@ -200,7 +200,8 @@ def _windows(corpus: VideoClips, frames: int, offset: int) -> tuple[np.ndarray, 
     videos, starts = [], []
     for number in range(len(corpus)):
         step = (frames - 1) * int(corpus.strides[number])
-        first = np.arange(offset, int(corpus.lengths[number]) - int(corpus.strides[number]), step)
+        stride = int(corpus.strides[number])
+        first = np.arange(offset * stride, int(corpus.lengths[number]) - stride, step)
         videos += [number] * len(first)
         starts += first.tolist()
     return np.array(videos), np.array(starts)
@@ -218,7 +219,7 @@ def _motion(corpus: VideoClips, number: int, start: int, count: int, positions: 
 
 
 def _agreement(corpus: VideoClips, frames: int, codes: Tensor, shifted: Tensor) -> float:
-    """Of the codes of windows from frame 0 and from frame 1; only transitions that both have are compared."""
+    """Of the codes of windows from the first and from the second transition; only what both have is compared."""
     first, second, at, also = [], [], 0, 0
     for length, stride in zip(corpus.lengths.tolist(), corpus.strides.tolist(), strict=True):
         count, fewer = (len(_transitions(length, stride, frames, offset)) for offset in (0, 1))
@@ -234,5 +235,5 @@ def _agreement(corpus: VideoClips, frames: int, codes: Tensor, shifted: Tensor) 
 def _transitions(length: int, stride: int, frames: int, offset: int) -> list[int]:
     """Frames from which the windows' transitions start, in order."""
     step = (frames - 1) * stride
-    windows = range(offset, length - stride, step)
+    windows = range(offset * stride, length - stride, step)
     return [s for w in windows for s in range(w, min(w + step, length - stride), stride)]
