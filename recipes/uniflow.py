@@ -35,12 +35,13 @@ from headrace.tokenizers.uniflow_config import UniFlowConfig
 from headrace.tokenizers.uniflow_loss import parameter_groups, uniflow_loss
 from headrace.tokenizers.uniflow_protocol import psnr, seam_ratio
 from headrace.tokenizers.uniflow_start import start_bottleneck
-from headrace.training.batches import batches
+from headrace.training.batches import Dataset, batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ENCODER_FACTOR, ENCODER_FACTOR_TINY = 0.25, 0.05  # of the new modules' learning rate
+MEASURED = 512  # pictures whose latents give the stored statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +241,7 @@ def drift(model: UniFlow, teacher: nn.Module, *, count: int = 128, seed: int = 7
 
 
 class Loss:
-    """UniFlow's loss as `fit` calls it; holds the frozen teacher and feeds the latent statistics.
+    """UniFlow's loss as `fit` calls it; holds the frozen teacher.
 
     Every `every` updates it also decodes a few watched pictures in one step from fixed noise; their PSNR [dB] and seam
     ratio stand in the log until the next time.
@@ -264,7 +265,6 @@ class Loss:
         if self.distillation is not None:
             self.distillation.to(batch.device)
         terms = uniflow_loss(model, batch, distillation=self.distillation, generator=generator)
-        model.observe_latents(terms.latents)
         layers = {f"alpha/{i}": a for i, a in enumerate(terms.alpha, start=1)}
         layers |= {f"weight/{i}": w for i, w in enumerate(terms.weight, start=1)}
         times = {f"flow/t{i}": f for i, f in enumerate(terms.flow_by_time)}
@@ -283,8 +283,21 @@ class Loss:
         }
 
 
+@torch.no_grad()
+def measure_latents(model: UniFlow, data: Dataset, *, batch: int) -> None:
+    """Latent statistics of the model as it is now, on training pictures from all over `data`, in eval mode.
+
+    What the encoder gave while it was learning does not describe what it gives afterwards.
+    """
+    model.eval().forget_latents()
+    chosen = np.linspace(0, len(data) - 1, min(MEASURED, len(data))).astype(np.int64)
+    for start in range(0, len(chosen), batch):
+        pixels = data.batch(chosen[start : start + batch])
+        model.observe_latents(model.encode(pixels.to(model.device)))
+
+
 def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
-    """Train `model` in place and save it."""
+    """Train `model` in place, measure its latents and save it; model and teacher end on the CPU."""
     tiny = recipe.encoder == "tiny"
     steps, batch = recipe.steps or (1200 if tiny else 70_000), recipe.batch or (8 if tiny else 512)
     lr = recipe.lr or (3e-3 if tiny else 2e-4)
@@ -315,7 +328,9 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
             settings={"encoder": recipe.encoder, "weighting": recipe.weighting, "distill": recipe.distill_weight},
             progress=False,
         )
-    model.eval().save_pretrained(recipe.out / "model")
+    measure_latents(model, data, batch=min(batch, 64))
+    teacher.cpu()
+    model.cpu().save_pretrained(recipe.out / "model")
 
 
 def new_model(recipe: Recipe) -> UniFlow:

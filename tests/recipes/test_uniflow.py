@@ -21,19 +21,26 @@ def recipe():
     return module
 
 
-def test_two_steps_run_and_leave_a_model_with_latent_statistics(recipe, tmp_path):
+def test_two_steps_run_and_leave_a_model_with_latent_statistics(recipe, tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = UniFlow(recipe.tiny_config())
     assert recipe.train_tiny_teacher(model, steps=1, seed=0, batch=4) > 0
     settings = recipe.Recipe(out=tmp_path, steps=2, batch=4, precision="fp32")
     teacher = copy.deepcopy(model.encoder).eval()
     assert max(recipe.drift(model, teacher, count=2).values()) == pytest.approx(0, abs=1e-5)
+    model.observe_latents(torch.full((1, 9, 64), 100.0))  # of an encoder that is no more
+    monkeypatch.setattr(recipe, "MEASURED", 24)
     recipe.adapt(settings, model, teacher)
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert {"alpha/1", "weight/4", "flow/t3", "watched/psnr", "watched/seam", "latent/std"} <= set(logged)
     assert logged["watched/psnr"] > 0
     again = UniFlow.from_pretrained(tmp_path / "model")
-    assert again.latent_count.item() == 2 * 4 * 64
+    assert again.latent_count.item() == 24 * 64
+    pictures = recipe.ShapesAndPhotos(again.preprocessing, count=48, seed=1)
+    with torch.no_grad():
+        normal = again.normalise_latents(again.encode(pictures.batch(np.arange(48)))).flatten(0, 1)
+    assert normal.mean(0).abs().mean() < 0.2
+    assert normal.std(0).mean().item() == pytest.approx(1, abs=0.15)
     assert min(recipe.drift(again, teacher, count=2).values()) > 0
     figures = recipe.report(again, count=2)
     assert {"psnr_shapes_1step", "psnr_photos_4step", "seam_photos"} <= set(figures)

@@ -238,6 +238,13 @@ class UniFlow(Tokenizer):
         self.latent_square.mul_(keep).add_(flat.square().sum(0) / total)
         self.latent_count.copy_(total)
 
+    @torch.no_grad()
+    def forget_latents(self) -> None:
+        """Begin the running statistics anew: after the encoder has changed, those of its earlier latents are wrong."""
+        self.latent_count.zero_()
+        self.latent_mean.zero_()
+        self.latent_square.fill_(1.0)
+
     def latent_std(self) -> Tensor:
         """Deviation of each latent channel seen so far, (Z,)."""
         return (self.latent_square - self.latent_mean.square()).clamp_min(1e-12).sqrt()
