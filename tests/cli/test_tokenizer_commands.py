@@ -84,6 +84,51 @@ def test_a_run_goes_on_with_the_same_crops_and_no_other_batch_size(tmp_path):
         train(out=tmp_path / "cut", steps=4, resume=True, **(options | {"batch_size": 4}))
 
 
+@pytest.fixture
+def measured(tmp_path, capsys):
+    """Runs the command on four shapes; what it wrote is what it printed."""
+    pytest.importorskip("skimage")
+
+    def run(tokenizer, **options):
+        out = tmp_path / "eval.json"
+        assert evaluate(tokenizer, data="shapes", count=4, batch_size=2, out=out, **options) == 0
+        report = json.loads(out.read_text())
+        assert json.loads(capsys.readouterr().out) == report
+        return report
+
+    return run
+
+
+random_weights = pytest.mark.filterwarnings("ignore:.*names a configuration")
+
+
+@random_weights
+def test_a_flow_tokenizer_is_measured_at_its_own_size_with_a_sweep_of_steps(measured):
+    report = measured("uniflow:tiny", steps=(1, 3), noise_seed=5)
+    assert {"protocol": "A", "compared_at": 64, "dtype": "float32", "noise_seed": 5}.items() <= report.items()
+    one, three = report["sweep"]
+    assert (one["steps"], three["steps"]) == (1, 3)
+    assert one["psnr"] != three["psnr"]
+    assert one["seam_given"] == three["seam_given"] > 0 and one["seam_made"] > 0
+    alone = measured("uniflow:tiny")
+    assert alone["steps"] == 1 and alone["noise_seed"] == 0 and alone["pictures"] == 4
+
+
+@random_weights
+def test_a_flow_tokenizer_is_measured_at_another_size(measured):
+    report = measured("uniflow:tiny", compare_at=32, steps=(2,))
+    assert {"protocol": "B", "compared_at": 32, "steps": 2, "seam_made": None}.items() <= report.items()
+    assert report["psnr"] > 0
+
+
+@random_weights
+def test_a_tokenizer_without_a_flow_decoder_has_no_steps(measured):
+    report = measured("flowtok:tiny", compare_at=48)
+    assert {"protocol": "B", "compared_at": 48, "steps": None, "noise_seed": None}.items() <= report.items()
+    with pytest.raises(ValueError, match=r"--steps.*FlowTok has none"):
+        measured("flowtok:tiny", steps=(2,))
+
+
 def test_only_training_crops_are_recoloured():
     pytest.importorskip("skimage")
     preprocessing, first = Preprocessing(size=32), np.arange(8)

@@ -6,7 +6,7 @@ import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,12 +21,17 @@ def evaluate(
     compare_at: int | None = None,
     fit: Literal["crop", "squash"] | None = None,
     device: str = "auto",
+    steps: tuple[int, ...] = (),
+    noise_seed: int = 0,
     vgg: Path | None = None,
     inception: Path | None = None,
     out: Path | None = None,
     seed: int = 0,
 ) -> int:
     """Measure how well a tokenizer gives pictures back: PSNR, SSIM, perceptual and Fréchet distances, use of codes.
+
+    Prints one JSON object: what was measured and how, and the figures; with several `steps` a `sweep` of figures, one
+    per number of steps. A decoder that integrates a flow patch by patch (UniFlow) also gets its seam ratio.
 
     Args:
         tokenizer: Folder, Hub id, or a name such as `tokenflow:tiny` (random weights).
@@ -38,6 +43,8 @@ def evaluate(
         fit: How pictures are made square. Default: the tokenizer's own way. The published row of TokenFlow-XL is from
             the centre crop, and its own way is to squash.
         device: Where the tokenizer runs; `auto` is the GPU when there is one. Measures are taken on the CPU.
+        steps: Euler steps of a flow decoder (UniFlow), one or several; default the tokenizer's own.
+        noise_seed: Of the noise that a flow decoder begins with.
         vgg: VGG-16 weights for LPIPS; left out without.
         inception: Inception weights of torch-fidelity for rFID; left out without.
         out: JSON file to write.
@@ -49,8 +56,12 @@ def evaluate(
     from headrace.tokenizers.auto import load_tokenizer
     from headrace.tokenizers.compared_at import ComparedAt
     from headrace.tokenizers.reconstruction import evaluate as measure
+    from headrace.tokenizers.uniflow import UniFlow
 
     loaded = load_tokenizer(tokenizer).to(_device(device))
+    flow = loaded if isinstance(loaded, UniFlow) else None
+    if steps and flow is None:
+        raise ValueError(f"--steps is for decoders that integrate a flow (UniFlow); {type(loaded).__name__} has none")
     model = loaded if compare_at is None else ComparedAt(loaded, size=compare_at)
     preprocessing = model.preprocessing if fit is None else replace(model.preprocessing, fit=fit)
     pictures = open_pictures(data, preprocessing, part="held_out", count=count, seed=seed)
@@ -58,15 +69,34 @@ def evaluate(
         offline = EfficientNetLite0.from_package(side=128)
     except ModuleNotFoundError:
         offline = None
-    report = measure(
-        model,
-        in_batches(pictures, count, batch_size),
-        efficientnet=offline,
-        lpips=None if vgg is None else LpipsVGG.from_files(vgg),
-        inception=inception,
-    )
-    asked = {"tokenizer": tokenizer, "data": data, "seed": seed, "fit": preprocessing.fit}
-    text = json.dumps({**asked, "compared_at": preprocessing.size, **asdict(report)}, indent=2)
+    lpips = None if vgg is None else LpipsVGG.from_files(vgg)
+    # Resizing moves and smears the borders of patches, so seams are measured at the tokenizer's own size only.
+    patch = flow.config.encoder.patch if flow is not None and compare_at is None else None
+    numbers: tuple[int | None, ...] = (None,) if flow is None else steps or (flow.config.steps,)
+    figures: list[dict[str, Any]] = []
+    for number in numbers:
+        report = measure(
+            model,
+            in_batches(pictures, count, batch_size),
+            efficientnet=offline,
+            lpips=lpips,
+            inception=inception,
+            decoding=None if number is None else {"steps": number, "seed": noise_seed},
+            patch=patch,
+        )
+        figures.append({"steps": number, **asdict(report)})
+    facts: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "data": data,
+        "seed": seed,
+        "fit": preprocessing.fit,
+        "protocol": "A" if compare_at is None else "B",
+        "compared_at": preprocessing.size,
+        "dtype": str(next(loaded.parameters()).dtype).removeprefix("torch."),
+        "noise_seed": None if flow is None else noise_seed,
+    }
+    facts |= figures[0] if len(figures) == 1 else {"sweep": figures}
+    text = json.dumps(facts, indent=2)
     print(text)
     if out is not None:
         write_atomically(out, lambda path: void(path.write_text(text + "\n")))

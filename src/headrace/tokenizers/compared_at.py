@@ -1,6 +1,7 @@
 """A tokenizer seen through pictures of another size, so that figures at 256 px can be compared across encoders."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,9 @@ class ComparedAt:
         """Pictures (B, 3, size, size) in the tokenizer's value range to its tokens."""
         return self.model.encode(self._resized(images, self.model.preprocessing.size))
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens to pictures (B, 3, size, size)."""
-        return self._resized(self.model.decode(tokens), self.size)
+    def decode(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Tokens to pictures (B, 3, size, size); `options` are those of the tokenizer's own `decode`."""
+        return self._resized(self.model.decode(tokens, **options), self.size)
 
     def _resized(self, images: Tensor, side: int) -> Tensor:
         """Bicubic overshoot is clamped channel by channel to what a picture can hold."""

@@ -1,7 +1,7 @@
 """How well a tokenizer gives pictures back: PSNR, SSIM, perceptual distances, Fréchet distances, use of the codes."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from headrace.nn.quantizers.code_usage import UsageCounter
 from headrace.tokenizers.base import Tokenizer
 from headrace.tokenizers.compared_at import ComparedAt
 from headrace.tokenizers.tokenflow import TokenFlow
-from headrace.tokenizers.uniflow_protocol import psnr
+from headrace.tokenizers.uniflow_protocol import psnr, seam_ratio
 
 SSIM_WINDOW = 7
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -36,6 +36,7 @@ class ReconstructionReport:
         lpips: LPIPS on VGG-16, None without its weights.
         fd_efficientnet: Fréchet distance of pooled EfficientNet-Lite0 features; no FID.
         rfid: Fréchet distance of Inception features (torch-fidelity), None without its weights.
+        seam_given, seam_made: Seam ratio of the pictures and of what came back, None without a patch side.
         notes: What could not be computed, and why.
         usage: Share of codes used, perplexity and count per scale ("all" over all); empty for continuous tokenizers.
         pictures_per_second: Encode and decode together.
@@ -49,6 +50,8 @@ class ReconstructionReport:
     lpips: float | None
     fd_efficientnet: float | None
     rfid: float | None
+    seam_given: float | None = None
+    seam_made: float | None = None
     interval: dict[str, float]
     notes: tuple[str, ...]
     usage: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -129,6 +132,8 @@ def evaluate(
     efficientnet: EfficientNetLite0 | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     inception: Path | None = None,
+    decoding: Mapping[str, Any] | None = None,
+    patch: int | None = None,
 ) -> ReconstructionReport:
     """Reconstruct pictures and measure.
 
@@ -138,6 +143,8 @@ def evaluate(
         efficientnet: Feature network for the offline distances; None leaves them out.
         lpips: Distance of two batches in [-1, 1]; None leaves it out.
         inception: File of torch-fidelity's weights, see `inception_features`.
+        decoding: Keyword arguments of the tokenizer's `decode`, such as steps and seed of UniFlow's.
+        patch: Patch side [px] for the seam ratio; None leaves it out.
 
     Raises:
         ValueError: Fewer than two pictures.
@@ -157,14 +164,17 @@ def evaluate(
     for inputs in batches:
         start = time.perf_counter()
         tokens = model.encode(inputs.to(model.device))
-        decoded = model.decode(tokens)
+        decoded = model.decode(tokens, **(decoding or {}))
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)  # until then the work is only queued
         seconds += time.perf_counter() - start
         if counter is not None:
             counter.add(tokens)
         given, made = model.preprocessing.to_unit(inputs).cpu(), model.preprocessing.to_unit(decoded).cpu()
-        for name, value in _measure(given, made, efficientnet, lpips, extract).items():
+        measured = _measure(given, made, efficientnet, lpips, extract)
+        if patch is not None:
+            measured |= {"seam_given": seam_ratio(given, patch), "seam_made": seam_ratio(made, patch)}
+        for name, value in measured.items():
             rows.setdefault(name, []).append(value)
     tables = {name: torch.cat(values).numpy() for name, values in rows.items()}
     count = len(tables.get("psnr", ()))
@@ -181,6 +191,8 @@ def evaluate(
         lpips=float(scores["lpips"].mean()) if "lpips" in scores else None,
         fd_efficientnet=_frechet(tables, "pooled"),
         rfid=_frechet(tables, "inception"),
+        seam_given=float(scores["seam_given"].mean()) if patch is not None else None,
+        seam_made=float(scores["seam_made"].mean()) if patch is not None else None,
         interval={name: float(1.96 * table.std(ddof=1) / count**0.5) for name, table in scores.items()},
         notes=tuple(notes),
         usage=usage if counter is None else {**usage, "all": counter.overall()._asdict()},
