@@ -32,6 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from headrace.flow.blockwise import BlockwiseParts, feature_residual_loss, integrate_blockwise
+from headrace.flow.coupling import ConditionMode, Coupled, Coupling, Kind
 from headrace.flow.guidance import GuidedParts, integrate_guided
 from headrace.flow.latent import LatentScaler, draw_latent
 from headrace.flow.loss import flow_matching_loss
@@ -71,6 +72,9 @@ class Recipe:
         blockwise: Six time segments with shared features instead of the plain network.
         align: Teach the shared features those of EfficientNet-Lite0, which needs `headrace[offline]` and a square
             latent grid. Do not score the samples with that network afterwards.
+        coupling: Which noise goes with which latents: `exact` is OT-CFM, `gibbs` W-CFM.
+        epsilon: Temperature of `sinkhorn` and `gibbs`; `headrace.flow.coupling.choose_epsilon` finds one.
+        condition_mode: What a coupling does with the task's condition: `block` (labels), `c2ot`, or `biased`.
         residual_steps: Updates of the feature residual, with the rest frozen; 0 for none.
         autoencoder_steps, steps, batch_size, lr: Training. The paper: 32 per GPU, 2e-4 (CelebA, FFHQ) or 1e-4.
         label_dropout: Share of labels replaced by none, for guidance.
@@ -81,7 +85,9 @@ class Recipe:
         resume: Go on from the newest checkpoint.
 
     Raises:
-        ValueError: A count out of range, or an option of blockwise networks for a plain one.
+        ValueError: A count out of range, an option of blockwise networks for a plain one, or a coupling that does not
+            fit together.
+        BiasedCoupling: A coupling for a conditional task without `condition_mode`.
     """
 
     out: Path
@@ -95,6 +101,9 @@ class Recipe:
     blockwise: bool = False
     align: bool = False
     residual_steps: int = 0
+    coupling: Kind = "independent"
+    epsilon: float | None = None
+    condition_mode: ConditionMode | None = None
     autoencoder_steps: int = 600
     steps: int = 2000
     batch_size: int = 32
@@ -117,6 +126,15 @@ class Recipe:
             )
         if self.blockwise and self.batch_size < SEGMENTS:
             raise ValueError(f"--blockwise splits a batch over {SEGMENTS} segments, got --batch-size {self.batch_size}")
+        if self.task != "free":
+            self.pairing.require_mode()
+        elif self.pairing.condition_mode is not None:
+            raise ValueError("--condition-mode is for a task with a condition, not for --task free")
+
+    @property
+    def pairing(self) -> Coupling:
+        """How noise is paired with latents."""
+        return Coupling(kind=self.coupling, epsilon=self.epsilon, condition_mode=self.condition_mode)
 
 
 class Pictures(NamedTuple):
@@ -352,24 +370,33 @@ def network(recipe: Recipe, autoencoder: Autoencoder, latents: Latents) -> Block
 
 
 class LatentLoss:
-    """The flow-matching loss on drawn latents, with label dropout and alignment, as `fit` calls it."""
+    """The flow-matching loss on drawn latents, with coupling, label dropout and alignment, as `fit` calls it."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe, self.coupling = recipe, recipe.pairing
 
-    def ends(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise and data (B, N, C), and the condition with some labels left out."""
+    def condition(self, batch: dict[str, Tensor]) -> Tensor | None:
+        """What the coupling has to know of the task's condition: labels (B,), vectors (B, D), or nothing."""
+        if self.recipe.task == "free":
+            return None
+        whole = batch["condition"].flatten(1)
+        by_label = self.recipe.task == "label" and self.coupling.condition_mode == "block"
+        return whole.argmax(1) if by_label else whole
+
+    def ends(self, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Coupled, Tensor]:
+        """Pairs of noise and data (B, N, C), and the condition with some labels left out."""
         data = draw_latent(batch["mean"], batch["log_variance"], sample=self.recipe.sample_latents, generator=generator)
         condition = batch["condition"]
         if self.recipe.task == "label":
             kept = torch.rand(len(data), 1, 1, generator=generator, device=data.device) >= self.recipe.label_dropout
             condition = condition * kept
-        return torch.empty_like(data).normal_(generator=generator), data, condition
+        noise = torch.empty_like(data).normal_(generator=generator)
+        return self.coupling.pair(noise, data, condition=self.condition(batch), generator=generator), condition
 
     def __call__(
         self, model: BlockwiseVelocity, batch: dict[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        noise, data, condition = self.ends(batch, generator)
+        (noise, data, weight), condition = self.ends(batch, generator)
         if model.config.segments > 1:
             t = segment_time(len(data), model.config.borders, generator=generator, device=data.device).t
         else:
@@ -377,7 +404,7 @@ class LatentLoss:
         path = straight_path(noise, data, t)
         moment = model.embed(t, condition)
         features = model.features(path.x_t, moment)
-        flow = flow_matching_loss(model.velocity_from(features, path.x_t, t, moment), path.target)
+        flow = flow_matching_loss(model.velocity_from(features, path.x_t, t, moment), path.target, pair_weight=weight)
         if "aligned" not in batch:
             return {"total": flow}
         align = model.alignment_loss(features, batch["aligned"])
@@ -390,7 +417,7 @@ class ResidualLoss(LatentLoss):
     def __call__(
         self, model: BlockwiseVelocity, batch: dict[str, Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        noise, data, condition = self.ends(batch, generator)
+        (noise, data, _), condition = self.ends(batch, generator)
         parts, borders = model.bind(condition), model.config.borders
         return {"total": feature_residual_loss(parts, noise, data, borders=borders, generator=generator)}
 

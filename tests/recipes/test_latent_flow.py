@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from headrace.flow.coupling import BiasedCoupling
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "latent_flow.py"
 
 
@@ -101,11 +103,67 @@ def test_features_lie_on_the_latent_grid(recipe):
         ({"blockwise": True, "residual_steps": -1}, "at least 0"),
         ({"blockwise": True, "batch_size": 5}, "over 6 segments"),
         ({"sampling_steps": 0}, "at least 1"),
+        ({"coupling": "gibbs"}, "epsilon belongs to"),
+        ({"condition_mode": "biased", "coupling": "exact"}, "not for --task free"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message, recipe, tmp_path):
     with pytest.raises(ValueError, match=message):
         recipe.Recipe(out=tmp_path, **options)
+
+
+@pytest.mark.parametrize("task", ["label", "inpaint", "semantic"])
+def test_a_coupling_on_a_conditional_task_needs_a_mode(task, recipe, tmp_path):
+    with pytest.raises(BiasedCoupling, match="condition_mode='block'"):
+        recipe.Recipe(out=tmp_path, task=task, coupling="exact")
+    assert recipe.Recipe(out=tmp_path, coupling="exact").pairing.kind == "exact"
+
+
+def test_couplings_move_noise_within_labels_and_weigh_pairs(recipe, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(8) % 2
+    batch = {"mean": torch.randn(8, 4, 3, generator=draw), "log_variance": torch.full((8, 4, 3), -30.0),
+             "condition": torch.nn.functional.one_hot(labels)[:, None].float()}  # fmt: skip
+
+    def ends(**options):
+        loss = recipe.LatentLoss(recipe.Recipe(out=tmp_path, task="label", **options))
+        return loss.ends(batch, torch.Generator().manual_seed(1))[0]
+
+    plain, moved = ends(), ends(coupling="exact", condition_mode="block")
+    rows = (moved.noise[:, None] == plain.noise[None]).all(-1).all(-1).float().argmax(1)
+    assert sorted(rows.tolist()) == list(range(8)) and (rows != torch.arange(8)).any()
+    assert torch.equal(labels[rows], labels) and torch.equal(moved.data, plain.data)
+    weighed = ends(coupling="gibbs", epsilon=5.0, condition_mode="biased")
+    assert weighed.weight.std() > 0 and torch.equal(weighed.noise, plain.noise)
+    assert ends(coupling="exact", condition_mode="c2ot").weight is None
+    with pytest.raises(ValueError, match="integer labels"):
+        chosen = recipe.Recipe(out=tmp_path, task="semantic", coupling="exact", condition_mode="block")
+        recipe.LatentLoss(chosen).ends(batch, draw)
+
+
+def test_weights_of_pairs_reach_the_loss(recipe, tmp_path):
+    class Still:
+        """A network that says 0."""
+
+        config = recipe.BlockwiseConfig.tiny().__class__(borders=(0.0, 1.0))
+
+        def embed(self, t, condition):
+            return None
+
+        def features(self, x, moment):
+            return x
+
+        def velocity_from(self, features, x, t, moment):
+            return torch.zeros_like(x)
+
+    draw = torch.Generator().manual_seed(0)
+    batch = {"mean": torch.randn(16, 4, 3, generator=draw), "log_variance": torch.full((16, 4, 3), -30.0),
+             "condition": torch.zeros(16, 1, 1)}  # fmt: skip
+    totals = [
+        recipe.LatentLoss(recipe.Recipe(out=tmp_path, **options))(Still(), batch, torch.Generator().manual_seed(1))
+        for options in ({}, {"coupling": "gibbs", "epsilon": 2.0})
+    ]
+    assert totals[1]["total"] < 0.99 * totals[0]["total"]  # near pairs, which ask for slow motion, count for more
 
 
 def test_holes_are_where_the_mask_says(recipe, folder, tmp_path):

@@ -205,6 +205,20 @@ class Coupling:
                 f"(it has: {', '.join(allowed) or 'none, it needs none'})"
             )
 
+    def require_mode(self) -> None:
+        """Refuse to serve a conditional model blindly; `pair` asks this whenever it gets a condition.
+
+        Raises:
+            BiasedCoupling: This coupling depends on the data and has no `condition_mode`.
+        """
+        if self.kind != "independent" and self.condition_mode is None:
+            raise BiasedCoupling(
+                f"coupling {self.kind!r} on a conditional model makes the noise depend on the condition in "
+                "training but not in sampling, which shifts what is sampled. Use condition_mode='block' (labels) or "
+                "'c2ot' (vectors), keep the independent coupling and straighten with BOSS, or accept the shift with "
+                "condition_mode='biased'"
+            )
+
     def pair(
         self,
         noise: Tensor,
@@ -232,13 +246,8 @@ class Coupling:
             raise ValueError(f"noise and data must lie on one device, got {noise.device} and {data.device}")
         if self.kind == "independent":
             return Coupled(noise, data, None)
-        if condition is not None and self.condition_mode is None:
-            raise BiasedCoupling(
-                f"coupling {self.kind!r} on a conditional model makes the noise depend on the condition in "
-                "training but not in sampling, which shifts what is sampled. Use condition_mode='block' (labels) or "
-                "'c2ot' (vectors), keep the independent coupling and straighten with BOSS, or accept the shift with "
-                "condition_mode='biased'"
-            )
+        if condition is not None:
+            self.require_mode()
         if self.kind == "gibbs":
             return Coupled(noise, data, self._gibbs(noise, data))
         cost = squared_distances(noise, data)
