@@ -230,6 +230,8 @@ class Autoencoder:
             self.model = load_tokenizer(str(source).removeprefix("headrace:"))
             if self.model.kind != "continuous":
                 raise ValueError(f"{source} has discrete tokens: latent flow matching needs a continuous tokenizer")
+            convention = self.model.preprocessing  # of pictures in [0, 1]
+            self.shift, self.spread = (torch.tensor(c).view(1, 3, 1, 1) for c in (convention.mean, convention.std))
         elif isinstance(source, str):
             from diffusers import AutoencoderKL
 
@@ -243,18 +245,18 @@ class Autoencoder:
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latents, each (B, N, C)."""
+        """Mean and log-variance of the latents, each (B, N, C), of pictures (B, 3, S, S) in [-1, 1]."""
         if self.headrace:
-            mean = self.model.encode(images)
+            mean = self.model.encode(((images + 1) / 2 - self.shift) / self.spread)
             return mean, torch.full_like(mean, -30.0)
         latent = self.model.encode(images).latent_dist
         return latent.mean.flatten(2).transpose(1, 2), latent.logvar.flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Latents (B, N, C) to pictures (B, 3, S, S)."""
+        """Latents (B, N, C) to pictures (B, 3, S, S), about in [-1, 1]."""
         if self.headrace:
-            return self.model.decode(tokens)
+            return (self.model.decode(tokens) * self.spread + self.shift) * 2 - 1
         return self.model.decode(tokens.transpose(1, 2).unflatten(2, self.grid)).sample
 
 
@@ -314,7 +316,8 @@ class Latents:
     def __init__(self, recipe: Recipe, pictures: Pictures, autoencoder: Autoencoder) -> None:
         moments = [autoencoder.moments(part) for part in pictures.images.split(64)]
         mean, log_variance = (torch.cat(parts) for parts in zip(*moments, strict=True))
-        self.scaler = LatentScaler.fit(draw_latent(mean, log_variance), axis=-1)
+        draw = torch.Generator().manual_seed(recipe.seed)
+        self.scaler = LatentScaler.fit(draw_latent(mean, log_variance, generator=draw), axis=-1)
         self.mean = self.scaler.scale(mean)
         self.log_variance = log_variance - 2 * torch.tensor(self.scaler.std).log()
         self.condition = self._condition(recipe, pictures, autoencoder)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from headrace.flow.coupling import BiasedCoupling
+from headrace.tokenizers.auto import new_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "latent_flow.py"
 
@@ -145,7 +146,7 @@ def test_weights_of_pairs_reach_the_loss(recipe, tmp_path):
     class Still:
         """A network that says 0."""
 
-        config = recipe.BlockwiseConfig.tiny().__class__(borders=(0.0, 1.0))
+        config = recipe.BlockwiseConfig(borders=(0.0, 1.0))
 
         def embed(self, t, condition):
             return None
@@ -164,6 +165,43 @@ def test_weights_of_pairs_reach_the_loss(recipe, tmp_path):
         for options in ({}, {"coupling": "gibbs", "epsilon": 2.0})
     ]
     assert totals[1]["total"] < 0.99 * totals[0]["total"]  # near pairs, which ask for slow motion, count for more
+
+
+@pytest.mark.parametrize(("family", "size", "tokens"), [("flowtok", 32, 12), ("uniflow", 64, 64)])
+def test_a_tokenizer_gets_and_gives_pictures_in_its_own_range(family, size, tokens, recipe, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = new_tokenizer(f"{family}:tiny")
+    tokenizer.save_pretrained(tmp_path)
+    autoencoder = recipe.Autoencoder(f"headrace:{tmp_path}", size)
+    pixels = torch.randint(0, 256, (2, size, size, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    mean, log_variance = autoencoder.moments(images)
+    with torch.no_grad():
+        wanted = tokenizer.encode(tokenizer.preprocessing([picture.numpy() for picture in pixels]))
+        unit = tokenizer.preprocessing.to_unit(tokenizer.decode(wanted))
+    torch.testing.assert_close(mean, wanted, atol=1e-4, rtol=1e-4)
+    assert mean.shape[1] == tokens and log_variance.max() == -30
+    made = autoencoder.decode(mean)
+    torch.testing.assert_close((made.clamp(-1, 1) + 1) / 2, unit, atol=1e-3, rtol=0)
+
+
+def test_shipped_pictures_are_crops_with_their_photographs_as_labels(recipe, tmp_path):
+    pytest.importorskip("skimage")
+    chosen = recipe.Recipe(out=tmp_path, image_size=16, pictures=24)
+    pictures, again = recipe.shipped_pictures(chosen), recipe.shipped_pictures(chosen)
+    assert pictures.images.shape == (24, 3, 16, 16) and pictures.maps.shape == (24, 16, 16)
+    assert -1 <= pictures.images.min() < -0.5 and 0.5 < pictures.images.max() <= 1
+    assert set(pictures.labels.tolist()) <= set(range(6)) and len(set(pictures.labels.tolist())) > 1
+    assert pictures.maps.min() >= 0 and pictures.maps.max() < recipe.CLASSES
+    assert all(torch.equal(a, b) for a, b in zip(pictures, again, strict=True))
+
+
+def test_the_scaler_follows_the_seed(recipe, folder, tmp_path):
+    chosen = settings(recipe, tmp_path, folder)
+    pictures = recipe.folder_pictures(chosen, folder)
+    autoencoder = recipe.Autoencoder(recipe.small_autoencoder(chosen, pictures.images), 16)
+    first, second = (recipe.Latents(chosen, pictures, autoencoder).scaler for _ in range(2))
+    assert first == second
 
 
 def test_holes_are_where_the_mask_says(recipe, folder, tmp_path):
