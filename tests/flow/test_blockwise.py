@@ -96,3 +96,12 @@ def test_grids_that_leave_out_a_segment_are_refused():
         integrate_blockwise(Parts(), torch.zeros(2, 3), borders=BORDERS)
     with pytest.raises(ValueError, match=r"segment's start 0.3, which the grid misses"):
         integrate_blockwise(Parts(), torch.zeros(2, 3), borders=BORDERS, grid=(0.0, 0.5, 1.0), mode="residual")
+
+
+@pytest.mark.parametrize("mode", ["full", "residual", "hold"])
+def test_a_late_bad_velocity_is_counted_over_all_segments(mode):
+    parts = Parts()
+    parts.velocity = lambda x, t, features, segment: torch.where((t > 0.6)[:, None], float("nan"), x)
+    with pytest.raises(NonFiniteVelocity, match=r"step 3 of 4, t=0\.65") as error:
+        integrate_blockwise(parts, torch.zeros(2, 3), borders=BORDERS, steps_per_segment=2, mode=mode)
+    assert error.value.step == 3 and error.value.time == pytest.approx(0.65)

@@ -4,7 +4,7 @@ import torch
 from headrace.flow.blockwise import integrate_blockwise
 from headrace.flow.guidance import GuidedParts, guided, integrate_guided
 from headrace.flow.reverse import reverse_time
-from headrace.flow.solver import integrate
+from headrace.flow.solver import NonFiniteVelocity, integrate
 
 X = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
@@ -66,6 +66,15 @@ def test_blockwise_guidance_is_guidance(mode):
     made = integrate_blockwise(parts, X, borders=(0.0, 0.5, 1.0), steps_per_segment=3, mode=mode)
     plain = guided(lambda x, t: 0.7 * x * (1 + t[:, None]), lambda x, t: -0.3 * x * (1 + t[:, None]), scale=2.0)
     torch.testing.assert_close(made, integrate(plain, X, steps=6))
+
+
+def test_a_late_bad_velocity_is_counted_over_the_whole_grid():
+    def broken(x, t):
+        return torch.where((t > 0.75)[:, None], float("inf"), x)
+
+    with pytest.raises(NonFiniteVelocity, match=r"step 8 of 10, t=0\.8") as error:
+        integrate_guided(broken, lambda x, t: -x, X, scale=2.0, interval=(0.2, 0.6), steps=10)
+    assert error.value.step == 8
 
 
 def test_bad_intervals_and_falling_grids_are_refused():

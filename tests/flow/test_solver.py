@@ -7,6 +7,7 @@ from headrace.flow.solver import (
     check_grid,
     integrate,
     integrate_adaptive,
+    integrate_each,
     trajectory,
     uniform_grid,
 )
@@ -105,6 +106,16 @@ def test_bad_calls_are_refused():
         integrate(lambda x, t: x[:, :1], NOISE, steps=2)
     with pytest.raises(ValueError, match="device cpu, got meta"):
         integrate(lambda x, t: x.to("meta"), NOISE, steps=2)
+
+
+def test_every_step_may_have_its_own_velocity():
+    ends = [integrate_each([decay, swing], NOISE, grid=(0.0, 0.3, 1.0), method="heun")]
+    ends.append(
+        integrate(swing, integrate(decay, NOISE, grid=(0.0, 0.3), method="heun"), grid=(0.3, 1.0), method="heun")
+    )
+    assert torch.equal(*ends)
+    with pytest.raises(ValueError, match="2 steps need as many velocities, got 1"):
+        integrate_each([decay], NOISE, grid=(0.0, 0.3, 1.0))
 
 
 def test_settings_round_trip_and_sample():

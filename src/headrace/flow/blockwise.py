@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headrace.flow.path import expand_time, straight_path
-from headrace.flow.solver import check_grid, integrate, time_tensor
+from headrace.flow.solver import Velocity, check_grid, integrate_each
 
 FeatureMode = Literal["full", "residual", "hold"]
 
@@ -103,47 +103,46 @@ def integrate_blockwise(
     Raises:
         ValueError: An unknown mode, both or neither of step count and grid, a step count below 1, borders or a grid
             that do not rise, a segment without a step, or mode `residual` on a grid that misses a border.
-        NonFiniteVelocity: The velocity was NaN or infinite; step and time count within the segment that it names by
-            its times.
+        NonFiniteVelocity: The velocity was NaN or infinite; the step counts over all segments.
     """
     if mode not in ("full", "residual", "hold"):
         raise ValueError(f"unknown mode {mode!r} (known: full, residual, hold)")
     if (steps_per_segment is None) == (grid is None):
         raise ValueError("give either steps_per_segment or grid")
-    runs = split_grid(equal_steps(borders, steps_per_segment) if steps_per_segment is not None else grid or (), borders)
-    for segment, (run, (start, end)) in enumerate(zip(runs, pairwise(check_grid(borders)), strict=True)):
+    times = equal_steps(borders, steps_per_segment) if steps_per_segment is not None else tuple(grid or ())
+    velocities = list[Velocity]()
+    for segment, (run, (start, end)) in enumerate(
+        zip(split_grid(times, borders), pairwise(check_grid(borders)), strict=True)
+    ):
         if mode == "residual" and abs(run[0] - start) > 1e-6:
             raise ValueError(f"the feature residual counts from the segment's start {start:g}, which the grid misses")
-        moment = parts.at(time_tensor(x, run[0]))
-        first = parts.features(x, moment)
+        velocities += _segment_velocities(parts, segment, start, end, mode, len(run) - 1)
+    return integrate_each(velocities, x, grid=times)
 
-        def at_start(
-            state: Tensor, t: Tensor, moment: Any = moment, first: Tensor = first, segment: int = segment
-        ) -> Tensor:
-            return parts.velocity(state, moment, first, segment)
 
-        def inside(
-            state: Tensor,
-            t: Tensor,
-            first: Tensor = first,
-            start: float = start,
-            end: float = end,
-            segment: int = segment,
-        ) -> Tensor:
-            moment = parts.at(t)
-            if mode == "full":
-                features = parts.features(state, moment)
-            elif mode == "residual":
-                share = expand_time((t - start) / (end - start), first).to(first)
-                features = first + share * parts.residual(state, moment)
-            else:
-                features = first
-            return parts.velocity(state, moment, features, segment)
+def _segment_velocities(
+    parts: BlockwiseParts, segment: int, start: float, end: float, mode: FeatureMode, steps: int
+) -> list[Velocity]:
+    """The velocities of one segment's steps; the first one keeps its features for the others."""
+    kept: list[Tensor] = []
 
-        x = integrate(at_start, x, grid=run[:2])
-        if len(run) > 2:
-            x = integrate(inside, x, grid=run[1:])
-    return x
+    def at_start(state: Tensor, t: Tensor) -> Tensor:
+        moment = parts.at(t)
+        kept[:] = [parts.features(state, moment)]
+        return parts.velocity(state, moment, kept[0], segment)
+
+    def inside(state: Tensor, t: Tensor) -> Tensor:
+        moment = parts.at(t)
+        if mode == "full":
+            features = parts.features(state, moment)
+        elif mode == "residual":
+            share = expand_time((t - start) / (end - start), kept[0]).to(kept[0])
+            features = kept[0] + share * parts.residual(state, moment)
+        else:
+            features = kept[0]
+        return parts.velocity(state, moment, features, segment)
+
+    return [at_start, *[inside] * (steps - 1)]
 
 
 def feature_residual_loss(

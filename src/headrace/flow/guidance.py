@@ -4,7 +4,6 @@ Source: Ho and Salimans 2022, arXiv 2207.12598; interval: Kynkaanniemi et al. 20
 """
 
 from collections.abc import Sequence
-from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from headrace.flow.blockwise import BlockwiseParts
 from headrace.flow.path import expand_time
-from headrace.flow.solver import Method, Velocity, integrate, resolve_grid
+from headrace.flow.solver import Method, Velocity, integrate_each, resolve_grid
 
 
 def check_interval(interval: tuple[float, float]) -> tuple[float, float]:
@@ -104,14 +103,12 @@ def integrate_guided(
 
     Raises:
         ValueError: As `integrate` and `guided`, or a falling grid.
+        NonFiniteVelocity: As `integrate`, the step counted over the whole grid.
     """
     low, high = check_interval(interval)
     times = resolve_grid(steps, grid, method)
     if times[0] > times[-1]:
         raise ValueError("guidance intervals are for sampling: the grid must rise")
     both = guided(conditional, unconditional, scale=scale)
-    for inside, run in groupby(pairwise(times), key=lambda step: low <= step[0] < high):
-        pairs = list(run)
-        part = (pairs[0][0], *(then for _, then in pairs))
-        x = integrate(both if inside else conditional, x, grid=part, method=method)
-    return x
+    velocities = [both if low <= start < high else conditional for start in times[:-1]]
+    return integrate_each(velocities, x, grid=times, method=method)

@@ -138,23 +138,57 @@ def integrate(
         NonFiniteVelocity: The velocity was NaN or infinite; names the step and the time.
     """
     times = resolve_grid(steps, grid, method)
-    field, state = _in_full_precision(velocity, x)
-    for now, then in pairwise(times):
-        state = state + (then - now) * step_slope(field, state, now, then, method)
+    return integrate_each([velocity] * (len(times) - 1), x, grid=times, method=method, check_finite=check_finite)
+
+
+def integrate_each(
+    velocities: Sequence[Velocity],
+    x: Tensor,
+    *,
+    grid: Sequence[float],
+    method: Method = "euler",
+    check_finite: bool = True,
+) -> Tensor:
+    """As `integrate`, with a velocity of its own for each step, such as those of guided and blockwise samplers.
+
+    The velocities are called in the order of the steps; a bad run is repeated from the first on, to name its step
+    among all of them.
+
+    Args:
+        velocities: One per step, K of them.
+        x, method, check_finite: As for `integrate`.
+        grid: K + 1 times.
+
+    Raises:
+        ValueError: Another number of velocities than steps, else as `integrate`.
+        NonFiniteVelocity: As `integrate`.
+    """
+    times = resolve_grid(None, grid, method)
+    if len(velocities) != len(times) - 1:
+        raise ValueError(f"{len(times) - 1} steps need as many velocities, got {len(velocities)}")
+    state = in_full_precision(x)
+    for velocity, now, then in zip(velocities, times[:-1], times[1:], strict=True):
+        state = state + (then - now) * step_slope(seeing(x.dtype, velocity), state, now, then, method)
     if check_finite and not torch.compiler.is_compiling() and not bool(torch.isfinite(state).all()):
-        _raise_first_bad_step(field, x.to(state.dtype), times, method)
+        _raise_first_bad_step([seeing(x.dtype, velocity) for velocity in velocities], x, times, method)
     return state.to(x.dtype)
 
 
-def _in_full_precision(velocity: Velocity, x: Tensor) -> tuple[Velocity, Tensor]:
-    """A float32 state, and the velocity with casts to and from the state's own half precision."""
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return velocity, x
-    return (lambda state, t: velocity(state.to(x.dtype), t).float()), x.float()
+def in_full_precision(x: Tensor) -> Tensor:
+    """A half-precision state as float32, any other as it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _raise_first_bad_step(velocity: Velocity, x: Tensor, times: tuple[float, ...], method: Method) -> None:
-    for step, (now, then) in enumerate(pairwise(times)):
+def seeing(dtype: torch.dtype, velocity: Velocity) -> Velocity:
+    """The velocity of a state that `in_full_precision` made: it sees `dtype` and answers in float32."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return velocity
+    return lambda state, t: velocity(state.to(dtype), t).float()
+
+
+def _raise_first_bad_step(velocities: Sequence[Velocity], x: Tensor, times: tuple[float, ...], method: Method) -> None:
+    x = in_full_precision(x)
+    for step, (velocity, (now, then)) in enumerate(zip(velocities, pairwise(times), strict=True)):
         x = x + (then - now) * step_slope(velocity, x, now, then, method)
         if not bool(torch.isfinite(x).all()):
             raise NonFiniteVelocity(step, now, len(times) - 1)
