@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from headrace.flow.flowopt import uni_inversion
 from headrace.flow.solver import (
     NonFiniteVelocity,
     SolverSettings,
@@ -65,6 +66,10 @@ def test_half_precision_state_is_accumulated_in_float32():
     end = integrate(lambda x, t: seen.append(x.dtype) or torch.ones_like(x), ones, steps=1000)
     assert set(seen) == {torch.bfloat16} and end.dtype == torch.bfloat16
     assert abs(end.item() - 2.0) < 0.01  # a bfloat16 sum of 1000 x 0.001 would stay at 1
+    path = trajectory(lambda x, t: seen.append(x.dtype) or torch.ones_like(x), ones, steps=1000)
+    assert path.states.dtype == path.slopes.dtype == torch.float32 and abs(path.states[-1].item() - 2.0) < 0.01
+    back = uni_inversion(lambda x, t: seen.append(x.dtype) or torch.ones_like(x), ones, grid=uniform_grid(1000))
+    assert set(seen) == {torch.bfloat16} and back.dtype == torch.float32 and abs(back.item()) < 0.01
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

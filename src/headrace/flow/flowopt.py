@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headrace.flow.residual import Residual, toward
-from headrace.flow.solver import SolverSettings, Velocity, check_grid, velocity_at
+from headrace.flow.solver import SolverSettings, Velocity, check_grid, in_full_precision, seeing, velocity_at
 
 Sampler = Callable[[Tensor], Tensor]
 Stopped = Literal["converged", "stalled", "diverged", "asked", "budget"]
@@ -200,6 +200,10 @@ def uni_inversion(velocity: Velocity, data: Tensor, *, grid: Sequence[float]) ->
         data: Shape (B, ...).
         grid: The sampler's rising grid; walked backward with one call a step and one at the start.
 
+    Returns:
+        Shape of `data`; float32 for half-precision data, as `optimise_noise` wants it. The velocity still sees the
+        data's own dtype.
+
     Raises:
         ValueError: The grid does not rise.
 
@@ -208,10 +212,10 @@ def uni_inversion(velocity: Velocity, data: Tensor, *, grid: Sequence[float]) ->
     times = check_grid(grid)
     if times[0] > times[-1]:
         raise ValueError("give the sampler's own grid, rising; it is walked backward here")
-    x = data
-    slope = velocity_at(velocity, x, times[-1])
+    x, field = in_full_precision(data), seeing(data.dtype, velocity)
+    slope = velocity_at(field, x, times[-1])
     for now, then in pairwise(reversed(times)):
-        slope = velocity_at(velocity, x + (then - now) * slope, then)
+        slope = velocity_at(field, x + (then - now) * slope, then)
         x = x + (then - now) * slope
     return x
 

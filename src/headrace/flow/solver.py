@@ -219,13 +219,15 @@ def trajectory(
 ) -> Trajectory:
     """Like `integrate`, keeping every state and slope; the memory grows with the number of steps.
 
+    States and slopes of a half-precision `x` are float32; the velocity still sees `x`'s own dtype.
+
     Raises:
         ValueError: As `integrate`.
     """
     times = resolve_grid(steps, grid, method)
-    states, slopes = [x], []
+    field, states, slopes = seeing(x.dtype, velocity), [in_full_precision(x)], []
     for now, then in pairwise(times):
-        slopes.append(step_slope(velocity, states[-1], now, then, method))
+        slopes.append(step_slope(field, states[-1], now, then, method))
         states.append(states[-1] + (then - now) * slopes[-1])
     return Trajectory(torch.tensor(times, dtype=torch.float64), torch.stack(states), torch.stack(slopes))
 
