@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from headrace.flow.flowopt import uni_inversion
+from headrace.flow.guidance import guided, integrate_guided
 from headrace.flow.solver import (
     NonFiniteVelocity,
     SolverSettings,
@@ -159,12 +160,33 @@ def test_settings_of_another_kind_are_refused():
         SolverSettings.from_json('{"step": 3}')
 
 
+def compiled(sample):
+    """The sampler as one graph: a break is an error."""
+    return torch.compile(sample, fullgraph=True, backend="eager")
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4)).double()
+    return lambda x, t: layers(torch.cat([x, t[:, None]], 1))
+
+
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun"])
-def test_a_whole_sampler_compiles_into_one_graph(method):
-    network = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.SiLU(), torch.nn.Linear(8, 4)).double()
-
+def test_a_whole_sampler_compiles_into_one_graph(method, network):
     def sample(x):
-        return integrate(lambda s, t: network(torch.cat([s, t[:, None]], 1)), x, steps=4, method=method)
+        return integrate(network, x, steps=4, method=method)
 
-    compiled = torch.compile(sample, fullgraph=True, backend="eager")  # fullgraph: a break is an error
-    torch.testing.assert_close(compiled(NOISE), sample(NOISE))
+    torch.testing.assert_close(compiled(sample)(NOISE), sample(NOISE))
+
+
+def test_guided_samplers_compile_into_one_graph(network):
+    def per_row(x):
+        return integrate(guided(network, decay, scale=2.0, interval=(0.2, 0.6)), x, steps=4)
+
+    def per_step(x):
+        return integrate_guided(network, decay, x, scale=2.0, interval=(0.2, 0.6), steps=4)
+
+    made = [compiled(sample)(NOISE) for sample in (per_row, per_step)]
+    torch.testing.assert_close(made[0], made[1])
+    torch.testing.assert_close(made[0], per_row(NOISE))
