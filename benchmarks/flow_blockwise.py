@@ -130,6 +130,7 @@ class _Held:
 
     def __init__(self, parts: Any) -> None:
         self.at, self.features, self.velocity = parts.at, parts.features, parts.velocity
+        self.borders = parts.borders
 
     def residual(self, x: Tensor, moment: Any) -> Tensor:
         """Nothing changes since the segment's start."""

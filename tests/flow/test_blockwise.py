@@ -10,6 +10,8 @@ BORDERS = (0.0, 0.3, 1.0)
 class Parts:
     """Features are the time itself, so every approximation can be worked out by hand."""
 
+    borders = BORDERS
+
     def __init__(self):
         self.trunk_calls = 0
         self.seen = []
@@ -67,6 +69,11 @@ def test_bad_input_is_refused():
         integrate_blockwise(Parts(), x, borders=BORDERS, steps_per_segment=0)
     with pytest.raises(ValueError, match="rise"):
         integrate_blockwise(Parts(), x, borders=(1.0, 0.0), steps_per_segment=1)
+    for borders in ((0.0, 0.5, 1.0), (0.0, 1.0), (0.0, 0.3, 0.6, 1.0)):
+        with pytest.raises(ValueError, match=r"borders \[0.0, 0.3, 1.0\], got"):
+            integrate_blockwise(Parts(), x, borders=borders, steps_per_segment=1)
+        with pytest.raises(ValueError, match=r"borders \[0.0, 0.3, 1.0\], got"):
+            feature_residual_loss(Parts(), x, x, borders=borders)
     parts = Parts()
     parts.velocity = lambda x, t, features, segment: x / 0 * 0
     with pytest.raises(NonFiniteVelocity, match="step 0"):

@@ -137,6 +137,9 @@ def test_modes_that_do_not_fit_are_refused(batch):
         Coupling(kind="exact", condition_mode="c2ot").pair(*batch, condition=torch.arange(64))
     with pytest.raises(ValueError, match="effective share"):
         Coupling(kind="gibbs", epsilon=0.01).pair(*batch)
+    for coupling in (Coupling(), block, Coupling(kind="gibbs", epsilon=5.0, condition_mode="biased")):
+        with pytest.raises(ValueError, match=r"64 pairs need as many conditions, got shape \(63,\)"):
+            coupling.pair(*batch, condition=torch.zeros(63, dtype=torch.long))
     with pytest.raises(ValueError, match="one shape"):
         Coupling().pair(batch[0], batch[1][:3])
     with pytest.raises(ValueError, match="one device"):

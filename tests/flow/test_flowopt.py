@@ -139,3 +139,8 @@ def test_bad_input_is_refused(draw):
         optimise_noise(lambda z: z, noise, lambda x: x[:, :1], step_size=0.1, iterations=3)
     with pytest.raises(ValueError, match="radius"):
         step_size_bound(lambda z: z, noise, radius=0.0)
+    adaptive = SolverSettings(method="dopri5", tolerance=1e-3)
+    with pytest.raises(ValueError, match="dopri5 chooses its own"):
+        invert(lambda x, t: x, noise, adaptive, step_size=0.1)
+    with pytest.raises(ValueError, match="dopri5 chooses its own"):
+        edit(lambda x, t: x, lambda x, t: x, noise, adaptive, step_size=0.1)

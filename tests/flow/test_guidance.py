@@ -44,6 +44,8 @@ def test_stepwise_guidance_agrees_and_saves_calls(interval):
 class Rate:
     """A blockwise network of one number: features are the time, the velocity is rate * state * (1 + features)."""
 
+    borders = (0.0, 0.5, 1.0)
+
     def __init__(self, rate):
         self.rate = rate
 
@@ -80,6 +82,9 @@ def test_a_late_bad_velocity_is_counted_over_the_whole_grid():
 def test_bad_intervals_and_falling_grids_are_refused():
     with pytest.raises(ValueError, match="interval"):
         guided(lambda x, t: x, lambda x, t: x, scale=2.0, interval=(0.5, 0.5))
+    for yes, no in ((lambda x, t: x[:, :1], lambda x, t: x), (lambda x, t: x, lambda x, t: x[:, :1])):
+        with pytest.raises(ValueError, match=r"one shape, got .*\(4, 1\)"):
+            guided(yes, no, scale=2.0)(X, torch.rand(4))
     with pytest.raises(ValueError, match="must rise"):
         integrate_guided(lambda x, t: x, lambda x, t: x, X, scale=2.0, grid=(1.0, 0.0))
 

@@ -61,3 +61,6 @@ def test_wrong_shapes_are_named(ends):
         gaussian_path(*ends, TIMES[:3], cosine_schedule)
     with pytest.raises(ValueError, match="one device"):
         straight_path(ends[0].to("meta"), ends[1], TIMES)
+    for bad, message in ((TIMES[:, None], r"t must have shape \(7,\)"), (TIMES.to("meta"), "device cpu, got meta")):
+        with pytest.raises(ValueError, match=message):
+            straight_path(*ends, bad)

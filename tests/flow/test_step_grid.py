@@ -32,9 +32,15 @@ def test_files_that_are_no_grid_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="bellman_grid"):
         StepGrid.load(tmp_path)
     path = tmp_path / "x.json"
-    for text, message in (("{", "JSON"), ('{"time": [0, 1]}', "needs `times`"), ('{"times": [0, 0.5]}', "from 0")):
+    for text, message in (
+        ("{", "JSON"),
+        ('{"time": [0, 1]}', "needs `times`"),
+        ('{"times": [0, 0.5]}', "from 0"),
+        ('{"times": 3}', "not iterable"),
+        ('{"times": [null]}', "not 'NoneType'"),
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"x\.json .*{message}"):
             StepGrid.load(path)
     with pytest.raises(ValueError, match="source"):
         StepGrid(times=(0.0, 1.0), source="guess")
@@ -51,6 +57,8 @@ def test_a_user_may_give_a_list_a_file_or_a_folder(tmp_path):
         ("[0, 2]", r"within \[0, 1\]"),
         ("[0", "JSON"),
         ("[]", "at least 2"),
+        ("[null]", r"times\.json .*not 'NoneType'"),
+        ("3", "needs `times`"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

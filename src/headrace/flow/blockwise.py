@@ -3,7 +3,6 @@
 Source: Blockwise Flow Matching, arXiv 2510.21167; mlvlab/Blockwise-Flow-Matching@5e7ae87 (facts only).
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -19,6 +18,10 @@ FeatureMode = Literal["full", "residual", "hold"]
 
 class BlockwiseParts(Protocol):
     """A blockwise network with its condition filled in, such as `headrace.nn.blockwise.BoundBlockwise`."""
+
+    @property
+    def borders(self) -> tuple[float, ...]:
+        """Segment borders that the stacks were made for."""
 
     def at(self, t: Tensor) -> Any:
         """What the other methods need to know of times (B,); made once a step, whichever of them are called."""
@@ -57,7 +60,7 @@ def split_grid(grid: Sequence[float], borders: Sequence[float]) -> list[tuple[fl
         raise ValueError(f"{steps} steps leave out some of {segments} time segments; take at least {segments} steps")
     runs: list[list[float]] = [[] for _ in range(segments)]
     for now in times[:-1]:
-        runs[bisect_right(edges, now) - 1].append(now)
+        runs[sum(edge <= now for edge in edges[1:])].append(now)
     for run, (start, end) in zip(runs, pairwise(edges), strict=True):
         if not run:
             raise ValueError(f"no step of the grid starts in the time segment from {start:g} to {end:g}; add one there")
@@ -95,29 +98,38 @@ def integrate_blockwise(
     Args:
         parts: The network.
         x: Noise, shape (B, ...).
-        borders: Segment borders, rising.
+        borders: The network's segment borders, rising.
         steps_per_segment: Equal steps in each segment; give this or `grid`.
         grid: Times to visit, from the first border to the last; a step belongs to the segment of its start.
         mode: `full` calls the trunk at every step.
 
     Raises:
         ValueError: An unknown mode, both or neither of step count and grid, a step count below 1, borders or a grid
-            that do not rise, a segment without a step, or mode `residual` on a grid that misses a border.
+            that do not rise, borders that are not the network's, a segment without a step, or mode `residual` on a
+            grid that misses a border.
         NonFiniteVelocity: The velocity was NaN or infinite; the step counts over all segments.
     """
     if mode not in ("full", "residual", "hold"):
         raise ValueError(f"unknown mode {mode!r} (known: full, residual, hold)")
     if (steps_per_segment is None) == (grid is None):
         raise ValueError("give either steps_per_segment or grid")
-    times = equal_steps(borders, steps_per_segment) if steps_per_segment is not None else tuple(grid or ())
+    edges = _check_borders(parts, borders)
+    times = equal_steps(edges, steps_per_segment) if steps_per_segment is not None else tuple(grid or ())
     velocities = list[Velocity]()
-    for segment, (run, (start, end)) in enumerate(
-        zip(split_grid(times, borders), pairwise(check_grid(borders)), strict=True)
-    ):
+    for segment, (run, (start, end)) in enumerate(zip(split_grid(times, edges), pairwise(edges), strict=True)):
         if mode == "residual" and abs(run[0] - start) > 1e-6:
             raise ValueError(f"the feature residual counts from the segment's start {start:g}, which the grid misses")
         velocities += _segment_velocities(parts, segment, start, end, mode, len(run) - 1)
     return integrate_each(velocities, x, grid=times)
+
+
+def _check_borders(parts: BlockwiseParts, borders: Sequence[float]) -> tuple[float, ...]:
+    times, own = check_grid(borders), parts.borders
+    if times[0] > times[-1]:
+        raise ValueError("segment borders must rise")
+    if len(times) != len(own) or any(abs(a - b) > 1e-6 for a, b in zip(times, own, strict=True)):
+        raise ValueError(f"the network's segments have the borders {list(own)}, got {list(times)}")
+    return times
 
 
 def _segment_velocities(
@@ -162,10 +174,13 @@ def feature_residual_loss(
         parts: The network.
         noise: Shape (B, ...).
         data: Same shape.
-        borders: Segment borders, rising.
+        borders: The network's segment borders, rising.
         generator: Randomness of segments and times.
+
+    Raises:
+        ValueError: Borders that do not rise or are not the network's.
     """
-    edges = torch.tensor(check_grid(borders), dtype=torch.float32, device=data.device)
+    edges = torch.tensor(_check_borders(parts, borders), dtype=torch.float32, device=data.device)
     segment = torch.randint(len(edges) - 1, data.shape[:1], generator=generator, device=data.device)
     share = torch.rand(data.shape[:1], generator=generator, device=data.device)
     start = edges[segment]

@@ -237,13 +237,16 @@ class Coupling:
             generator: Randomness of `sinkhorn`'s draws.
 
         Raises:
-            ValueError: Shapes or devices differ, or a condition that the mode cannot use.
+            ValueError: Shapes or devices differ, another number of conditions than pairs, or a condition that the mode
+                cannot use.
             BiasedCoupling: A condition without a mode.
         """
         if noise.shape != data.shape:
             raise ValueError(f"noise and data must have one shape, got {tuple(noise.shape)} and {tuple(data.shape)}")
         if noise.device != data.device:
             raise ValueError(f"noise and data must lie on one device, got {noise.device} and {data.device}")
+        if condition is not None and (condition.ndim == 0 or len(condition) != len(noise)):
+            raise ValueError(f"{len(noise)} pairs need as many conditions, got shape {tuple(condition.shape)}")
         if self.kind == "independent":
             return Coupled(noise, data, None)
         if condition is not None:

@@ -220,6 +220,12 @@ def uni_inversion(velocity: Velocity, data: Tensor, *, grid: Sequence[float]) ->
     return x
 
 
+def _fixed_times(settings: SolverSettings) -> tuple[float, ...]:
+    if not settings.times:
+        raise ValueError(f"FlowOpt needs a sampler with fixed steps, and {settings.method} chooses its own: give steps")
+    return settings.times
+
+
 def invert(
     velocity: Velocity,
     data: Tensor,
@@ -238,9 +244,12 @@ def invert(
         settings: The sampler, with fixed steps.
         step_size, iterations, tolerance, progress: As for `optimise_noise`.
 
+    Raises:
+        ValueError: An adaptive solver, or as `optimise_noise`.
+
     Source: arXiv 2510.22010, inversion: 10 steps, 30 iterations.
     """
-    start = uni_inversion(velocity, data, grid=settings.times)
+    start = uni_inversion(velocity, data, grid=_fixed_times(settings))
     return optimise_noise(
         lambda z: settings.sample(velocity, z),
         start,
@@ -274,9 +283,12 @@ def edit(
         data: Shape (B, ...).
         settings, step_size, iterations, progress: As for `invert`.
 
+    Raises:
+        ValueError: As `invert`.
+
     Source: arXiv 2510.22010, editing: 8 iterations.
     """
-    start = uni_inversion(source, data, grid=settings.times)
+    start = uni_inversion(source, data, grid=_fixed_times(settings))
     return optimise_noise(
         lambda z: settings.sample(target, z),
         start,

@@ -40,17 +40,25 @@ def guided(
         interval: Times t with `low <= t < high` that are guided; a high of 1 includes 1.
 
     Raises:
-        ValueError: A bad interval.
+        ValueError: A bad interval; when called, velocities of different shapes.
     """
     low, high = check_interval(interval)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         inside = (t >= low) & ((t < high) | (t >= 1.0) & (high == 1.0))
         factor = torch.where(inside, scale, 1.0).to(x.dtype)
-        base = unconditional(x, t)
-        return base + expand_time(factor, x) * (conditional(x, t) - base)
+        return _pushed(conditional(x, t), unconditional(x, t), expand_time(factor, x))
 
     return velocity
+
+
+def _pushed(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
+    if conditional.shape != unconditional.shape:  # which could broadcast
+        raise ValueError(
+            f"both velocities must have one shape, got {tuple(conditional.shape)} with the condition and "
+            f"{tuple(unconditional.shape)} without"
+        )
+    return unconditional + scale * (conditional - unconditional)
 
 
 class GuidedParts(NamedTuple):
@@ -66,6 +74,11 @@ class GuidedParts(NamedTuple):
     unconditional: BlockwiseParts
     scale: float
 
+    @property
+    def borders(self) -> tuple[float, ...]:
+        """Segment borders of the conditional network."""
+        return self.conditional.borders
+
     def at(self, t: Tensor) -> tuple[Any, Any]:
         """Both moments of times (B,)."""
         return self.conditional.at(t), self.unconditional.at(t)
@@ -80,8 +93,8 @@ class GuidedParts(NamedTuple):
 
     def velocity(self, x: Tensor, moment: tuple[Any, Any], features: Tensor, segment: int) -> Tensor:
         """The guided velocity by one segment's stacks, shape of `x`."""
-        base = self.unconditional.velocity(x, moment[1], features[:, 1], segment)
-        return base + self.scale * (self.conditional.velocity(x, moment[0], features[:, 0], segment) - base)
+        made = self.conditional.velocity(x, moment[0], features[:, 0], segment)
+        return _pushed(made, self.unconditional.velocity(x, moment[1], features[:, 1], segment), self.scale)
 
 
 def integrate_guided(

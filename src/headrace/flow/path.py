@@ -58,6 +58,8 @@ def _check(noise: Tensor, data: Tensor, t: Tensor) -> None:
         raise ValueError(f"noise and data must lie on one device, got {noise.device} and {data.device}")
     if t.shape != data.shape[:1]:
         raise ValueError(f"t must have shape ({data.shape[0]},), got {tuple(t.shape)}")
+    if t.device != data.device:
+        raise ValueError(f"t must lie on the data's device {data.device}, got {t.device}")
 
 
 def straight_path(noise: Tensor, data: Tensor, t: Tensor, *, sigma_min: float = 0.0) -> PathSample:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from headrace.flow.solver import SolverSettings, check_grid, uniform_grid
 
@@ -90,20 +90,30 @@ class StepGrid:
 
         Raises:
             FileNotFoundError: No such file; says how to make one.
-            ValueError: Not JSON, unknown keys (named), or times that are no grid.
+            ValueError: Not JSON, unknown keys (named), or times that are no grid; names the file.
         """
         path = Path(source)
         path = path / GRID_FILE if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no step grid at {path}; make one with headrace.flow.bellman.bellman_grid")
-        try:
-            data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error})") from error
+        return cls._read(path, _read_json(path))
+
+    @classmethod
+    def _read(cls, path: Path, data: Any) -> "StepGrid":
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or set(data) - known or "times" not in data:
             raise ValueError(f"{path} is not a step grid: it needs `times` and knows only {', '.join(sorted(known))}")
-        return cls(**{**data, "times": tuple(data["times"])})
+        try:
+            return cls(**{**data, "times": tuple(data["times"])})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} is not a step grid: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
 def read_grid(source: str | os.PathLike[str]) -> StepGrid:
@@ -111,16 +121,12 @@ def read_grid(source: str | os.PathLike[str]) -> StepGrid:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: Not JSON, or times that are no grid.
+        ValueError: Not JSON, or times that are no grid; names the file.
     """
     path = Path(source)
     if path.is_file():
-        try:
-            data = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error})") from error
-        if isinstance(data, list):
-            return StepGrid(times=tuple(data))
+        data = _read_json(path)
+        return StepGrid._read(path, {"times": data} if isinstance(data, list) else data)
     return StepGrid.load(path)
 
 

@@ -149,6 +149,11 @@ class BoundBlockwise(NamedTuple):
     condition: Tensor
     context: Tensor | None = None
 
+    @property
+    def borders(self) -> tuple[float, ...]:
+        """The network's segment borders."""
+        return self.network.config.borders
+
     def at(self, t: Tensor) -> Moment:
         """Times (B,) and the condition, embedded."""
         return self.network.embed(t, self.condition)

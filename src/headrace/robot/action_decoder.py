@@ -173,6 +173,11 @@ class BoundActions(NamedTuple):
         """Velocities, shape (B, H, A), at noisy actions of that shape and times (B,)."""
         return self.decoder.velocity(self.features(noisy, t), noisy, t)
 
+    @property
+    def borders(self) -> tuple[float, ...]:
+        """The decoder's segment borders."""
+        return self.decoder.config.borders
+
     def at(self, t: Tensor) -> Tensor:
         """The times themselves."""
         return t
