@@ -12,7 +12,8 @@ from headrace.flow.step_grid import GridMismatch, StepGrid
 
 SPEC = ActionSpec(names=("x", "y", "gripper"), frame="base_delta", rotation="none", gripper="open_is_1", rate=20.0)
 TUNED = StepGrid(times=(0.0, 0.3, 1.0), source="local", tuned=True)
-UNSET = {"solver": "euler", "steps": None, "grid": None, "execute": None, "ensemble": False, "precision": "fp32"}
+UNSET = {"solver": "euler", "steps": None, "grid": None, "tolerance": None, "execute": None, "ensemble": False,
+         "precision": "fp32"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,39 @@ def test_rollout_reads_a_grid_from_a_list_a_file_or_a_model_folder(checkpoint, s
         assert rolled(straightened, grid=given).solver == TUNED.settings
     with pytest.raises(ValueError, match="exclude each other"):
         rollout.settings_of(**{**UNSET, "grid": tmp_path / "list.json", "steps": 3})
+
+
+def test_a_solver_alone_takes_its_times_from_the_saved_grid(checkpoint):
+    assert rolled(checkpoint, solver="heun").solver == SolverSettings(method="heun", steps=10)
+    path = StepGrid(times=(0.0, 0.3, 1.0), source="local").save(checkpoint)
+    try:
+        assert rolled(checkpoint, solver="heun").solver == SolverSettings(method="heun", grid=(0.0, 0.3, 1.0))
+        assert rolled(checkpoint, solver="heun", steps=4).solver == SolverSettings(method="heun", steps=4)
+    finally:
+        path.unlink()
+
+
+def test_a_solver_alone_is_refused_on_a_straightened_checkpoint(straightened):
+    with pytest.raises(GridMismatch):
+        rolled(straightened, solver="heun")
+
+
+def test_the_adaptive_solver_needs_a_tolerance_and_nothing_else(checkpoint):
+    adaptive = SolverSettings(method="dopri5", tolerance=0.01)
+    assert rolled(checkpoint, solver="dopri5", tolerance=0.01).solver == adaptive
+    for options, message in (
+        ({"solver": "dopri5"}, "needs a tolerance"),
+        ({"solver": "dopri5", "tolerance": 0.01, "steps": 3}, "own steps"),
+        ({"tolerance": 0.01}, "only for dopri5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rolled(checkpoint, **options)
+
+
+@pytest.mark.parametrize("name", ["random", "oracle"])
+def test_solver_options_for_a_policy_without_a_flow_are_refused(name, tmp_path):
+    (tmp_path / "grid.json").write_text("[0, 1]")
+    for options in ({"steps": 5}, {"grid": tmp_path / "grid.json"}, {"solver": "heun"}, {"tolerance": 0.1}):
+        with pytest.raises(ValueError, match="follows no flow"):
+            rollout.make_policy(name, [], rollout.settings_of(**{**UNSET, **options}))
+    assert rollout.make_policy("oracle", [], rollout.settings_of(**UNSET)) is None

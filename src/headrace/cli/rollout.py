@@ -18,7 +18,8 @@ def rollout(
     seed: int = 0,
     num_envs: int = 1,
     out: Path | None = None,
-    solver: Literal["euler", "midpoint", "heun"] = "euler",
+    solver: Literal["euler", "midpoint", "heun", "dopri5"] = "euler",
+    tolerance: float | None = None,
     steps: int | None = None,
     grid: Path | None = None,
     execute: int | None = None,
@@ -44,7 +45,8 @@ def rollout(
         seed: First seed.
         num_envs: Simulator processes.
         out: Results folder; runs/POLICY-DATE by default.
-        solver: How the flow is followed.
+        solver: How the flow is followed; `dopri5` chooses its own steps and needs TOLERANCE and `headrace[ode]`.
+        tolerance: Error per step of `dopri5`.
         steps: Equal solver steps; without this and GRID, as saved with the checkpoint, else 10.
         grid: Step grid: a JSON list of times, or the file or model folder that BOSS wrote.
         execute: Actions of a chunk that are carried out before the policy is asked again; half of them by default.
@@ -66,7 +68,8 @@ def rollout(
         import_ahead(tasks[0])  # while the policy is loaded here
     name = Path(policy).name or policy
     folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    chosen = settings_of(solver=solver, steps=steps, grid=grid, execute=execute, ensemble=ensemble, precision=precision)
+    sampling: dict[str, Any] = {"solver": solver, "steps": steps, "grid": grid, "tolerance": tolerance}
+    chosen = settings_of(**sampling, execute=execute, ensemble=ensemble, precision=precision)
     results = roll_out(
         tasks,
         None if ray else make_policy(policy, tasks, chosen, simulators),
@@ -160,9 +163,11 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
         ValueError: A task without an expert, solver options for a policy that is not sampled here, settings that the
             policy refuses, or more actions to execute than it gives.
     """
-    asked = "grid" in chosen or "steps" in chosen or chosen["solver"] != "euler"
+    asked = any(key in chosen for key in ("grid", "steps", "tolerance")) or chosen["solver"] != "euler"
     if asked and name.startswith(("ws://", "wss://")):
         raise ValueError("the server samples: give --steps to `headrace serve`, not to this command")
+    if asked and name in ("random", "oracle"):
+        raise ValueError(f"{name!r} follows no flow: leave out --solver, --steps, --grid and --tolerance")
     if name == "oracle":
         without = [task.name for task in tasks if not task.expert]
         if without:
@@ -185,13 +190,10 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
         from headrace.robot.client import RemotePolicy
 
         return RemotePolicy(name, token=os.environ.get("HEADRACE_TOKEN", ""))
-    from headrace.flow.solver import SolverSettings
     from headrace.robot.chunking import RecedingHorizon, TemporalEnsemble
     from headrace.robot.policy import load_policy
 
-    grid = tuple(chosen["grid"]) if "grid" in chosen else None
-    steps = chosen.get("steps", None if grid else 10)
-    solver = SolverSettings(method=chosen["solver"], steps=steps, grid=grid) if asked else None
+    solver = solver_of(name, chosen) if asked else None
     policy = load_policy(name, solver=solver, precision=chosen["precision"])
     if "ensemble" in chosen:
         return TemporalEnsemble(policy)
@@ -199,3 +201,22 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
     if execute > policy.horizon:
         raise ValueError(f"--execute {execute} asks for more than the {policy.horizon} actions of this policy's chunks")
     return RecedingHorizon(policy, execute)
+
+
+def solver_of(name: str, chosen: dict[str, Any]) -> Any:
+    """The `SolverSettings` asked for; where they say nothing of the times, those saved with the checkpoint.
+
+    Raises:
+        ValueError: Options that do not fit together.
+    """
+    from dataclasses import replace
+
+    from headrace.flow.solver import SolverSettings
+    from headrace.flow.step_grid import settings_for
+    from headrace.nn.pretrained import resolve_folder
+
+    method, tolerance = chosen["solver"], chosen.get("tolerance")
+    if "steps" in chosen or "grid" in chosen or method == "dopri5":
+        grid = tuple(chosen["grid"]) if "grid" in chosen else None
+        return SolverSettings(method=method, steps=chosen.get("steps"), grid=grid, tolerance=tolerance)
+    return replace(settings_for(resolve_folder(name)), method=method, tolerance=tolerance)
