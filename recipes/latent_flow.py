@@ -408,10 +408,13 @@ class LatentLoss:
         moment = model.embed(t, condition)
         features = model.features(path.x_t, moment)
         flow = flow_matching_loss(model.velocity_from(features, path.x_t, t, moment), path.target, pair_weight=weight)
-        if "aligned" not in batch:
-            return {"total": flow}
-        align = model.alignment_loss(features, batch["aligned"])
-        return {"total": flow + ALIGN_WEIGHT * align, "flow": flow, "align": align}
+        terms = {"total": flow}
+        if weight is not None:
+            terms["effective_share"] = 1 / weight.square().mean()
+        if "aligned" in batch:
+            align = model.alignment_loss(features, batch["aligned"])
+            terms |= {"total": flow + ALIGN_WEIGHT * align, "flow": flow, "align": align}
+        return terms
 
 
 class ResidualLoss(LatentLoss):

@@ -1,4 +1,5 @@
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from headrace.flow.coupling import (
     BiasedCoupling,
     Coupling,
+    LowEffectiveShare,
     choose_epsilon,
     condition_weight,
     exact_assignment,
@@ -119,6 +121,26 @@ def test_c2ot_lies_between_blind_and_independent(draw):
         return (paired.noise * condition).sum(1).mean().item()
 
     assert abs(dependence("c2ot")) < 0.5 * dependence("biased")
+
+
+def test_weights_that_stay_uneven_are_warned_of_once(batch):
+    low, high = 0.1, 10.0
+    for _ in range(40):  # the epsilon at which this batch has an effective share of 0.2
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if kernel_report(*batch, epsilon=middle).effective_share < 0.2 else (low, middle)
+    uneven, even = Coupling(kind="gibbs", epsilon=high), Coupling(kind="gibbs", epsilon=10.0)
+    assert uneven == Coupling(kind="gibbs", epsilon=high)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(19):
+            uneven.pair(*batch)
+        for _ in range(40):
+            even.pair(*batch)
+    with pytest.warns(LowEffectiveShare, match=r"effective share of 0\.20 .*below 0\.3") as caught:
+        for _ in range(40):
+            uneven.pair(*batch)
+    assert len(caught) == 1
+    assert abs(uneven.effective.mean - 0.2) < 0.01 < 0.3 < even.effective.mean
 
 
 def test_modes_that_do_not_fit_are_refused(batch):

@@ -162,8 +162,9 @@ def test_weights_of_pairs_reach_the_loss(recipe, tmp_path):
              "condition": torch.zeros(16, 1, 1)}  # fmt: skip
     totals = [
         recipe.LatentLoss(recipe.Recipe(out=tmp_path, **options))(Still(), batch, torch.Generator().manual_seed(1))
-        for options in ({}, {"coupling": "gibbs", "epsilon": 2.0})
+        for options in ({}, {"coupling": "gibbs", "epsilon": 3.0})
     ]
+    assert 0.15 < totals[1]["effective_share"] < 1 and "effective_share" not in totals[0]
     assert totals[1]["total"] < 0.99 * totals[0]["total"]  # near pairs, which ask for slow motion, count for more
 
 

@@ -7,7 +7,9 @@ condition unless it is told how to treat it.
 Sources: Tong et al. 2024, arXiv 2302.00482 (OT-CFM); Weighted CFM, arXiv 2507.22270; C2OT, arXiv 2503.10636.
 """
 
-from dataclasses import dataclass
+import math
+import warnings
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +21,41 @@ Cost = Literal["distance", "squared"]
 LEAST_EFFECTIVE_SHARE = 0.3
 # One batch's share scatters around its mean, and a run must not end by chance, so a batch is refused only below this.
 LEAST_SHARE_OF_A_BATCH = 0.15
+SHARES_AVERAGED = 20
+
+
+class LowEffectiveShare(UserWarning):
+    """The weights of W-CFM leave too few pairs that count, batch after batch."""
+
+
+class EffectiveShare:
+    """The effective share of W-CFM's weights over the last batches (about 20); warns once when it stays low.
+
+    Attributes:
+        mean: Running mean of the effective sample size over the batch size, in (0, 1]; nan before the first batch.
+        batches: How many it has seen.
+    """
+
+    def __init__(self) -> None:
+        self.mean, self.batches, self.warned = math.nan, 0, False
+
+    def add(self, share: float, epsilon: float) -> None:
+        """Take in one batch's share.
+
+        Warns:
+            LowEffectiveShare: The mean is below 0.3 after 20 batches or more; once.
+        """
+        self.batches += 1
+        before = share if self.batches == 1 else self.mean
+        self.mean = before + (share - before) / min(self.batches, SHARES_AVERAGED)
+        if self.batches >= SHARES_AVERAGED and self.mean < LEAST_EFFECTIVE_SHARE and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"epsilon={epsilon} leaves an effective share of {self.mean:.2f} of each batch, below "
+                f"{LEAST_EFFECTIVE_SHARE}: few pairs decide the training. Raise epsilon (see choose_epsilon)",
+                LowEffectiveShare,
+                stacklevel=4,
+            )
 
 
 class BiasedCoupling(ValueError):
@@ -184,6 +221,7 @@ class Coupling:
         cost: Cost of `sinkhorn`; `exact` uses squared distances, `gibbs` distances, as published.
         condition_mode: What a condition means: `block` pairs only inside equal labels (exact, sinkhorn), `c2ot` adds a
             tuned condition distance (exact), `biased` ignores the condition and accepts the shift.
+        effective: How many of the pairs count under the weights of `gibbs`; `effective.mean` is for a log.
     """
 
     kind: Kind = "independent"
@@ -191,6 +229,7 @@ class Coupling:
     iterations: int = 50
     cost: Cost = "squared"
     condition_mode: ConditionMode | None = None
+    effective: EffectiveShare = field(default_factory=EffectiveShare, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in ("independent", "exact", "sinkhorn", "gibbs"):
@@ -240,6 +279,9 @@ class Coupling:
             ValueError: Shapes or devices differ, another number of conditions than pairs, or a condition that the mode
                 cannot use.
             BiasedCoupling: A condition without a mode.
+
+        Warns:
+            LowEffectiveShare: The weights of `gibbs` have left too few pairs over the last batches; once.
         """
         if noise.shape != data.shape:
             raise ValueError(f"noise and data must have one shape, got {tuple(noise.shape)} and {tuple(data.shape)}")
@@ -271,6 +313,7 @@ class Coupling:
                 f"epsilon={self.epsilon} leaves an effective share of {share:.2f} of the batch, below "
                 f"{LEAST_SHARE_OF_A_BATCH}: a few pairs decide everything. Raise epsilon (see choose_epsilon)"
             )
+        self.effective.add(share, self.epsilon or 0.0)
         return weight
 
     def _condition_cost(self, cost: Tensor, condition: Tensor) -> Tensor:
