@@ -14,7 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from headrace.flow.flowopt import NotContractive, optimise_noise, step_size_bound
+from headrace.flow.flowopt import FlowOptStep, NotContractive, optimise_noise, step_size_bound
 from headrace.flow.residual import Residual, inside, sums_to, together, toward
 from headrace.flow.solver import SolverSettings
 from headrace.robot.policy import FlowPolicy, ObservationHistory, load_policy
@@ -32,6 +32,7 @@ class Settings:
         shift: How far the summed translation of a chunk is to move along y, in action units.
         steps: Euler steps of the sampler.
         iterations: Most updates.
+        patience: Updates without a new low after which a question is left.
     """
 
     policy: str = "checkpoints/demo"
@@ -40,6 +41,7 @@ class Settings:
     shift: float = 0.5
     steps: int = 10
     iterations: int = 60
+    patience: int = 15
 
 
 def chunk_sampler(policy: FlowPolicy, settings: Settings) -> Callable[[Tensor], Tensor]:
@@ -51,6 +53,13 @@ def chunk_sampler(policy: FlowPolicy, settings: Settings) -> Callable[[Tensor], 
     prefix = policy.model.compute_prefix(history.inputs(seen, list(range(len(seen)))))
     solver = SolverSettings(steps=settings.steps)
     return lambda noise: solver.sample(lambda x, t: policy.model.velocity(prefix, x, t), noise)
+
+
+def show(step: FlowOptStep) -> None:
+    """A line every ten updates."""
+    if step.iteration % 10 == 0:
+        print(f"    {step.iteration} updates: residual {step.error:.4f}, worst {step.worst:.4f}, "
+              f"noise norm {step.noise_norm:.2f}", flush=True)  # fmt: skip
 
 
 @torch.no_grad()
@@ -84,7 +93,16 @@ def main(settings: Settings) -> None:
         "both": together(sums_to(wanted, (0, 1, 2)), inside(bottom, top)),
     }
     for name, residual in questions.items():
-        found = optimise_noise(sampler, start, residual, step_size=step, iterations=settings.iterations, tolerance=1e-3)
+        found = optimise_noise(
+            sampler,
+            start,
+            residual,
+            step_size=step,
+            iterations=settings.iterations,
+            tolerance=1e-3,
+            patience=settings.patience,
+            progress=show,
+        )
         first = residual(plain).flatten(1).square().mean(1).sqrt()
         reached = int((found.error <= 0.1 * first).sum())
         norm = found.noise.flatten(1).norm(dim=1).mean().item() / found.noise[0].numel() ** 0.5
