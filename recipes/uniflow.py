@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from headrace.cli.tokenizer_pictures import FolderPictures
 from headrace.datasets.captioned_shapes import CAPTIONS, COLOURS, COLUMNS, ROWS, SHAPES, CaptionedShapes
 from headrace.datasets.picture_crops import PictureCrops
 from headrace.nn.distill import LayerwiseDistillation, Weighting
@@ -39,7 +40,6 @@ from headrace.training.batches import Dataset, batches
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ENCODER_FACTOR, ENCODER_FACTOR_TINY = 0.25, 0.05  # of the new modules' learning rate
 MEASURED = 512  # pictures whose latents give the stored statistics
 
@@ -51,7 +51,8 @@ class Recipe:
     Attributes:
         out: Run folder; `model`, `teacher` and `copies.png` (held-out pictures above their one-step copies).
         encoder: Configuration; `tiny` trains its own teacher first.
-        pictures: Folder of pictures; needed for every size but `tiny`.
+        pictures: Folder of pictures; needed for every size but `tiny`. Trained on random crops of at least 0.8 of the
+            short side, half of them mirrored.
         teacher: Tiny teacher of an earlier run, instead of training one.
         teacher_steps: Updates of the tiny teacher.
         steps: Updates.
@@ -60,6 +61,7 @@ class Recipe:
         pixel_start: Begin the tiny bottleneck as the best linear reading of the pixels, see `start_bottleneck`.
         weighting: Layer weighting of the distillation, `last` for plain feature distillation.
         distill_weight: Factor on it; 0 trains on pixels alone.
+        ema: Keep an average of the weights with this decay and save that; 0.9999 is usual, the paper does not say.
         precision: bf16 computes under autocast, losses stay float32.
         seed: Of everything.
         resume: Go on from the newest checkpoint.
@@ -76,28 +78,10 @@ class Recipe:
     pixel_start: bool = True
     weighting: Weighting = "adaptive"
     distill_weight: float = 1.0
+    ema: float | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     resume: bool = False
-
-
-class Folder:
-    """All pictures under a folder as normalised crops of the encoder's size, half of them mirrored."""
-
-    def __init__(self, folder: Path, preprocessing: Preprocessing) -> None:
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        if not self.files:
-            raise SystemExit(f"no {', '.join(SUFFIXES)} under {folder}")
-        self.preprocessing = preprocessing
-
-    def __len__(self) -> int:
-        return 2 * len(self.files)
-
-    def batch(self, indices: np.ndarray) -> Tensor:
-        opened = [Image.open(self.files[i // 2]).convert("RGB") for i in indices.tolist()]
-        images = self.preprocessing(opened)
-        mirrored = torch.from_numpy(indices % 2 == 1)
-        return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 
 class ShapesAndPhotos:
@@ -302,7 +286,7 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
     steps, batch = recipe.steps or (1200 if tiny else 70_000), recipe.batch or (8 if tiny else 512)
     lr = recipe.lr or (3e-3 if tiny else 2e-4)
     if recipe.pictures is not None:
-        data: Folder | ShapesAndPhotos = Folder(recipe.pictures, model.preprocessing)
+        data: Dataset = FolderPictures(recipe.pictures, model.preprocessing, part="training", seed=recipe.seed)
     else:
         data = ShapesAndPhotos(model.preprocessing, count=20_000, seed=recipe.seed)
     distillation = None
@@ -313,21 +297,26 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
     groups = parameter_groups(model, lr=lr, encoder_factor=ENCODER_FACTOR_TINY if tiny else ENCODER_FACTOR)
     warmup = min(50 if tiny else 2000, steps // 4)
     with plain_attention() if tiny else nullcontext():
-        fit(
+        fitted = fit(
             model,
             Loss(distillation, data.batch(np.arange(min(8, len(data))))),
             torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-            batches(data, batch, seed=recipe.seed),
+            batches(data, batch, seed=recipe.seed, visits=recipe.pictures is not None),
             steps=steps,
             out=recipe.out / "run",
             resume=recipe.resume,
             seed=recipe.seed,
             schedule=Schedule(kind="cosine", warmup=warmup, steps=steps, floor=0.1),
             clip=1.0,
+            ema_decay=recipe.ema,
             precision=recipe.precision,
             settings={"encoder": recipe.encoder, "weighting": recipe.weighting, "distill": recipe.distill_weight},
             progress=False,
         )
+    if fitted.ema is not None:
+        with fitted.ema.applied_to(model):
+            averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(averaged)
     measure_latents(model, data, batch=min(batch, 64))
     teacher.cpu()
     model.cpu().save_pretrained(recipe.out / "model")

@@ -1,14 +1,19 @@
 import copy
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
+from headrace.cli.tokenizer_pictures import FolderPictures
 from headrace.tokenizers.uniflow import UniFlow
+from headrace.tokenizers.uniflow_config import UniFlowConfig
+from headrace.tokenizers.uniflow_encoders import ENCODERS
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "uniflow.py"
 
@@ -58,13 +63,62 @@ def test_a_kept_teacher_starts_another_run(recipe, tmp_path):
         recipe.main(recipe.Recipe(out=tmp_path, encoder="dinov2_l", pictures=tmp_path, teacher=tmp_path))
 
 
-def test_a_folder_of_pictures_gives_each_picture_and_its_mirror(recipe, tmp_path):
-    array = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
-    Image.fromarray(array).save(tmp_path / "a.png")
-    data = recipe.Folder(tmp_path, UniFlow(recipe.tiny_config()).preprocessing)
-    images = data.batch(np.array([0, 1]))
-    assert len(data) == 2
-    assert torch.equal(images[0].flip(-1), images[1])
+def small_encoder(monkeypatch):
+    """Make `dinov2_l` a few numbers wide and its published weights random; returns the names that were asked for."""
+    asked, build = [], timm.create_model
+
+    def create(name, *, pretrained=False, **options):
+        asked.append((name, pretrained))
+        return build(name.partition(".")[0], pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create)
+    vit = dataclasses.replace(ENCODERS["dinov2-l"], image_size=28, width=32, depth=2, heads=4)
+    small = UniFlowConfig(
+        encoder=vit, latent_channels=8, global_depth=1, global_heads=4, flow_depth=1, flow_width=588, init_gain=1.0
+    )
+    monkeypatch.setattr(UniFlowConfig, "dinov2_l", lambda: small)
+    return asked
+
+
+def pictures(folder):
+    folder.mkdir()
+    for index in range(3):
+        array = np.random.default_rng(index).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+        Image.fromarray(array).save(folder / f"{index}.png")
+    return folder
+
+
+def test_a_published_encoder_is_adapted_on_a_folder_of_pictures(recipe, tmp_path, monkeypatch):
+    asked, folder, seen = small_encoder(monkeypatch), pictures(tmp_path / "pictures"), []
+    read = FolderPictures.batch
+    monkeypatch.setattr(FolderPictures, "batch", lambda self, indices: seen.extend(indices) or read(self, indices))
+    models = []
+    for ema in (None, 0.9):
+        settings = recipe.Recipe(
+            out=tmp_path / str(ema), encoder="dinov2_l", pictures=folder, steps=3, batch=2, precision="fp32", ema=ema
+        )
+        assert set(recipe.main(settings)) == {"adapting_cpu_seconds"}
+        models.append(UniFlow.from_pretrained(settings.out / "model"))
+    assert ("vit_large_patch14_dinov2.lvd142m", True) in asked
+    assert models[0].latent_count.item() == 3 * 4
+    assert max(seen) >= 3  # a later visit's crop
+    assert not torch.equal(models[0].from_latent.c_fc.weight, models[1].from_latent.c_fc.weight)
+    with pytest.raises(SystemExit, match="needs --pictures"):
+        recipe.main(recipe.Recipe(out=tmp_path, encoder="dinov2_l"))
+
+
+def test_a_picture_that_cannot_be_trained_on_is_named(recipe, tmp_path, monkeypatch):
+    small_encoder(monkeypatch)
+    folder = pictures(tmp_path / "pictures")
+    settings = recipe.Recipe(
+        out=tmp_path / "out", encoder="dinov2_l", pictures=folder, steps=1, batch=3, precision="fp32"
+    )
+    Image.new("RGBA", (40, 40)).save(folder / "1.png")
+    with pytest.raises(ValueError, match=r"1\.png.*alpha"):
+        recipe.main(settings)
+    (folder / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1\.png"):
+        recipe.main(settings)
 
 
 def test_the_probe_reads_what_is_there_and_nothing_else(recipe):
