@@ -130,7 +130,7 @@ def build(name: str, *, render: bool, **options: Any) -> Any:
     Raises:
         NoVulkanDevice: None does; says what to do.
     """
-    failures = []
+    failures: list[RuntimeError] = []
     for backend in render_backends() if render else ("none",):
         try:
             env = gym.make(name, render_backend=backend, **options)
