@@ -22,6 +22,16 @@ def test_every_row_is_a_tokenizer_with_a_tiny_variant(family):
     assert import_module(cls.__module__)
 
 
+@pytest.mark.parametrize("family", TOKENIZERS)
+def test_a_variant_is_known_by_its_shapes(family, monkeypatch):
+    cls, model = tokenizer_class(family), new_tokenizer(f"{family}:tiny")
+    monkeypatch.setattr(cls, "VARIANTS", (cls.VARIANTS[0], "tiny"))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert cls.variant_of(shapes) == "tiny"
+    monkeypatch.setattr(cls, "VARIANTS", ("tiny",))
+    assert cls.variant_of(dict(list(shapes.items())[1:])) is None
+
+
 def test_near_names_are_suggested():
     with pytest.raises(ValueError, match="tokenflow"):
         tokenizer_class("tokenflo")

@@ -116,6 +116,14 @@ def test_bad_images_are_named(model, batch, said):
         model.encode(batch)
 
 
+@pytest.mark.parametrize("shape", [(2, 11, 4), (2, 12, 5), (12, 4)])
+def test_tokens_of_another_shape_are_named(model, shape):
+    with pytest.raises(
+        ValueError, match=rf"latents must have shape \(B, 12, 4\), got \({', '.join(map(str, shape))}\)"
+    ):
+        model.decode(torch.zeros(shape))
+
+
 def test_bad_captions_are_named(model):
     with pytest.raises(ValueError, match=r"outside the vocabulary: purple"):
         model.generate(["purple square"])

@@ -53,10 +53,20 @@ def test_weights_of_another_variant_are_named(kind, folder):
     wider = wider.replace('"text_width": 32', '"text_width": 64')
     assert wider != text
     (folder / CONFIG_FILE).write_text(wider)
-    with pytest.raises(ValueError, match=r"shape|variant") as error:
+    with pytest.raises(ValueError, match="of another shape") as error:
         kind.from_pretrained(folder)
     assert "32" in str(error.value)
     assert str(48 if kind is UniFlow else 64) in str(error.value)
+    assert ("variant 'tiny'" in str(error.value)) is (kind is FlowTok)  # the small UniFlow is of no variant
+
+
+def test_the_variant_that_a_file_looks_like_is_named(tmp_path):
+    torch.manual_seed(0)
+    UniFlow(UniFlowConfig.tiny()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"latent_channels": 48}))
+    with pytest.raises(ValueError, match="they look like the variant 'tiny'"):
+        UniFlow.from_pretrained(tmp_path)
 
 
 def test_a_folder_of_the_other_kind_is_named(kind, folder):

@@ -65,11 +65,22 @@ def test_other_grids_are_refused_when_interpolation_is_off():
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "torch.uint8"),
         (torch.zeros(1, 3, 60, 64), "60 x 64 px does not divide into patches of 8 px"),
         (torch.zeros(0, 3, 64, 64), "shape"),
+        (torch.full((1, 3, 64, 64), torch.nan), r"values in \[nan, nan\]"),
     ],
 )
 def test_bad_images_are_named(model, images, said):
     with pytest.raises(ValueError, match=said):
         model.encode(images)
+
+
+@torch.no_grad()
+def test_latents_and_noise_of_another_shape_are_named(model):
+    with pytest.raises(ValueError, match=r"tokens must have shape \(B, T, 32\), got \(1, 64, 31\)"):
+        model.decode(torch.zeros(1, 64, 31))
+    with pytest.raises(ValueError, match=r"noise must have shape \(64, 192\), got \(64, 191\)"):
+        model.decode(torch.zeros(1, 64, 32), noise=torch.zeros(64, 191))
+    with pytest.raises(ValueError, match=r"noise must have shape \(128, 192\), got \(64, 192\)"):
+        model.decode(torch.zeros(2, 64, 32), noise=torch.zeros(64, 192))
 
 
 @torch.no_grad()

@@ -128,6 +128,10 @@ def write_atomically(path: Path, write: typing.Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+class MisfitError(ValueError):
+    """Weights that do not fit the model they were read for."""
+
+
 class Pretrained(nn.Module):
     """A module with a config dataclass, `save_pretrained` and `from_pretrained` (config.json + model.safetensors).
 
@@ -187,7 +191,7 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], *, what: str
     """`load_state_dict` that tolerates only tied duplicates, and lists what is missing, left over or of another shape.
 
     Raises:
-        ValueError: Names up to five keys of each kind.
+        MisfitError: A ValueError that names up to five keys of each kind.
     """
     own = model.state_dict()
     wrong = [f"{k} {tuple(state[k].shape)} for {tuple(own[k].shape)}" for k in own.keys() & state.keys()
@@ -201,7 +205,7 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], *, what: str
             shown = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
             problems.append(f"{len(keys)} {label}: {shown}")
     if problems:
-        raise ValueError(f"the weights in {what} do not fit {type(model).__name__}: " + "; ".join(problems))
+        raise MisfitError(f"the weights in {what} do not fit {type(model).__name__}: " + "; ".join(problems))
     model.load_state_dict(state, strict=False)
 
 

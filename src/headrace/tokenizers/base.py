@@ -1,16 +1,17 @@
 """What every image tokenizer offers, discrete or continuous: encode, decode, features for a language model."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from headrace.nn.pretrained import Pretrained
+from headrace.nn.pretrained import WEIGHTS_FILE, MisfitError, Pretrained, read_weights, resolve_folder
 
 RANGE_SLACK = 1e-3
 Picture = Image.Image | np.ndarray
@@ -173,6 +174,29 @@ class Tokenizer(Pretrained, ABC):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None) -> Self:
+        """As `Pretrained.from_pretrained`; weights that do not fit are told by their variant where they have one."""
+        try:
+            return super().from_pretrained(source, revision=revision)
+        except MisfitError as error:
+            weights = read_weights(resolve_folder(source, revision=revision) / WEIGHTS_FILE)
+            variant = cls.variant_of({name: tensor.shape for name, tensor in weights.items()})
+            if variant is None:
+                raise
+            raise MisfitError(f"{error}; they look like the variant {variant!r}") from error
+
+    @classmethod
+    def variant_of(cls, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """The one of `VARIANTS` whose weights have these names and shapes, or None."""
+        wanted = {name: tuple(shape) for name, shape in shapes.items()}
+        for variant in cls.VARIANTS:
+            with torch.device("meta"):
+                state = cls(getattr(cls.Config, variant)()).state_dict()
+            if {name: tuple(tensor.shape) for name, tensor in state.items()} == wanted:
+                return variant
+        return None
 
     @property
     @abstractmethod
