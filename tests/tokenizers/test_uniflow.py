@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from headrace.tokenizers.auto import tokenizer_class
 from headrace.tokenizers.uniflow import UniFlow
 from headrace.tokenizers.uniflow_config import UniFlowConfig
 from headrace.tokenizers.uniflow_encoders import ENCODERS, ViTConfig, build_vit
+from headrace.tokenizers.uniflow_loss import uniflow_loss
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,19 @@ def test_other_grids_are_refused_when_interpolation_is_off():
 def test_bad_images_are_named(model, images, said):
     with pytest.raises(ValueError, match=said):
         model.encode(images)
+
+
+@torch.no_grad()
+def test_targets_of_narrow_encoders_are_widened_and_come_back(model):
+    wide = UniFlow(dataclasses.replace(model.config, target_scale=2.0)).eval()
+    wide.load_state_dict(model.state_dict())
+    latents = model.encode(pictures(2, 3, 64, 64))
+    torch.testing.assert_close(2 * wide.decode(latents, steps=2), model.decode(latents, steps=2))
+    # A head that says nothing errs by target minus noise: mean square (2 * 0.5)^2 + 1 instead of 0.5^2 + 1.
+    for scale, wanted in ((1.0, 1.25), (2.0, 2.0)):
+        silent = UniFlow(dataclasses.replace(model.config, zero_init=True, target_scale=scale, distill_weight=0.0))
+        terms = uniflow_loss(silent, torch.full((4, 3, 64, 64), 0.5), generator=torch.Generator().manual_seed(0))
+        assert terms.flow.item() == pytest.approx(wanted, abs=0.05)
 
 
 @torch.no_grad()
