@@ -93,6 +93,8 @@ def test_any_grid_is_followed_and_a_step_belongs_to_the_segment_of_its_start():
 
 def test_grids_that_leave_out_a_segment_are_refused():
     assert split_grid((0.0, 0.25, 0.5, 0.75, 1.0), (0.0, 0.5, 1.0)) == [(0.0, 0.25, 0.5), (0.5, 0.75, 1.0)]
+    rounded = [1.0 - (6 - k) / 6 for k in range(7)]  # one of them lies a rounding below its border
+    assert [len(run) for run in split_grid(rounded, [k / 6 for k in range(7)])] == [2] * 6
     with pytest.raises(ValueError, match="1 steps leave out some of 2 time segments; take at least 2"):
         split_grid((0.0, 1.0), BORDERS)
     with pytest.raises(ValueError, match=r"no step of the grid starts in the time segment from 0.3 to 1"):

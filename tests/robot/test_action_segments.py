@@ -85,7 +85,7 @@ def test_held_features_call_the_backbone_once_a_segment():
     assert len(calls) == 2
     assert not torch.allclose(held.sample(inputs, noise, often), full.sample(inputs, noise, often))
     assert len(calls) == 4
-    with pytest.raises(ValueError, match="held features are for Euler"):
+    with pytest.raises(ValueError, match="in Euler steps only"):
         held.sample(inputs, noise, SolverSettings(steps=4, method="heun"))
 
 

@@ -3,6 +3,7 @@
 Source: Blockwise Flow Matching, arXiv 2510.21167; mlvlab/Blockwise-Flow-Matching@5e7ae87 (facts only).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from headrace.flow.path import expand_time, straight_path
-from headrace.flow.solver import Velocity, check_grid, integrate_each
+from headrace.flow.solver import SolverSettings, Velocity, check_grid, integrate_each
 
+SAME_TIME = 1e-6  # times that differ by less count as one, so that rounding moves no step into another segment
 FeatureMode = Literal["full", "residual", "hold"]
 
 
@@ -60,7 +62,7 @@ def split_grid(grid: Sequence[float], borders: Sequence[float]) -> list[tuple[fl
         raise ValueError(f"{steps} steps leave out some of {segments} time segments; take at least {segments} steps")
     runs: list[list[float]] = [[] for _ in range(segments)]
     for now in times[:-1]:
-        runs[sum(edge <= now for edge in edges[1:])].append(now)
+        runs[min(bisect_right(edges, now + SAME_TIME), segments) - 1].append(now)
     for run, (start, end) in zip(runs, pairwise(edges), strict=True):
         if not run:
             raise ValueError(f"no step of the grid starts in the time segment from {start:g} to {end:g}; add one there")
@@ -117,7 +119,7 @@ def integrate_blockwise(
     times = equal_steps(edges, steps_per_segment) if steps_per_segment is not None else tuple(grid or ())
     velocities = list[Velocity]()
     for segment, (run, (start, end)) in enumerate(zip(split_grid(times, edges), pairwise(edges), strict=True)):
-        if mode == "residual" and abs(run[0] - start) > 1e-6:
+        if mode == "residual" and abs(run[0] - start) > SAME_TIME:
             raise ValueError(f"the feature residual counts from the segment's start {start:g}, which the grid misses")
         velocities += _segment_velocities(parts, segment, start, end, mode, len(run) - 1)
     return integrate_each(velocities, x, grid=times)
@@ -155,6 +157,50 @@ def _segment_velocities(
         return parts.velocity(state, moment, features, segment)
 
     return [at_start, *[inside] * (steps - 1)]
+
+
+class BlockwiseField(BlockwiseParts, Protocol):
+    """A blockwise network that also is a velocity, which finds the segment of each row by its time."""
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity with full features, shape of `x`."""
+
+
+def require_segments(solver: SolverSettings, borders: Sequence[float], mode: FeatureMode = "full") -> None:
+    """Refuse a solver that leaves out a segment, or that is not Euler where features are approximated.
+
+    Raises:
+        ValueError: Says how many steps, or which method, it takes.
+    """
+    if mode != "full" and solver.method != "euler":
+        raise ValueError(f"features are approximated in Euler steps only, not by {solver.method!r}; take them in full")
+    if solver.times:
+        split_grid(solver.times, borders)
+
+
+def sample_blockwise(
+    field: BlockwiseField,
+    noise: Tensor,
+    solver: SolverSettings,
+    *,
+    borders: Sequence[float],
+    mode: FeatureMode = "full",
+) -> Tensor:
+    """`SolverSettings.sample` for a blockwise network; other methods than Euler find the stack by each call's time.
+
+    Args:
+        field: The network.
+        noise: Shape (B, ...).
+        solver: How the flow is followed, with a step in every segment.
+        borders, mode: As for `integrate_blockwise`.
+
+    Raises:
+        ValueError: As `require_segments`.
+    """
+    require_segments(solver, borders, mode)
+    if solver.method != "euler":
+        return solver.sample(field, noise)
+    return integrate_blockwise(field, noise, borders=borders, grid=solver.times, mode=mode)
 
 
 def feature_residual_loss(

@@ -106,11 +106,23 @@ class BlockwiseConfig:
                    context_dim=context_dim, modulation_rank=max(1, width // 8), align_dim=0)  # fmt: skip
 
     @classmethod
-    def patches(cls, *, patch_dim: int, condition_dim: int, width: int, grid: tuple[int, int]) -> Self:
-        """A per-patch pixel decoder like UniFlow's of 12 blocks: trunk 8, four per segment, each patch for itself."""
-        return cls(channels=patch_dim, width=width, heads=1, grid=grid, trunk_depth=8, velocity_depth=4,
-                   residual_depth=2, borders=(0.0, 0.25, 0.5, 0.75, 1.0), condition_dim=condition_dim, mixing="none",
-                   mlp_ratio=1.0, modulation_rank=max(1, width // 4), align_dim=0)  # fmt: skip
+    def patches(
+        cls,
+        *,
+        patch_dim: int,
+        condition_dim: int,
+        width: int,
+        grid: tuple[int, int],
+        depth: int = 12,
+        segments: int = 4,
+        residual_depth: int = 2,
+    ) -> Self:
+        """A per-patch pixel decoder like UniFlow's: of `depth` blocks a third per segment, each patch for itself."""
+        own = max(1, depth // 3)
+        return cls(channels=patch_dim, width=width, heads=1, grid=grid, trunk_depth=depth - own, velocity_depth=own,
+                   residual_depth=residual_depth, borders=tuple(k / segments for k in range(segments + 1)),
+                   condition_dim=condition_dim, mixing="none", mlp_ratio=1.0, modulation_rank=max(1, width // 4),
+                   align_dim=0)  # fmt: skip
 
 
 def _block(config: BlockwiseConfig, condition_width: int) -> ModulatedBlock:

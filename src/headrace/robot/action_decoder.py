@@ -7,12 +7,12 @@ Source: ViPRA (arXiv 2511.07732; sroutray/vipra@d5d8c0d): ActionEncoder and flow
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from headrace.flow.blockwise import FeatureMode, integrate_blockwise, split_grid
+from headrace.flow.blockwise import require_segments, sample_blockwise
 from headrace.flow.solver import SolverSettings, uniform_grid
 from headrace.flow.time import beta_time, segment_time, uniform_time
 from headrace.nn.blockwise import BlockwiseConfig, BlockwiseVelocity
@@ -150,15 +150,12 @@ class ActionDecoder(nn.Module):
         Raises:
             ValueError: Says how many steps, or which method, it takes.
         """
-        if self.config.segments == 1:
-            return
-        if self.config.features == "hold" and solver.method != "euler":
-            raise ValueError(f"held features are for Euler steps, not for {solver.method!r}; set features='full'")
-        if solver.times:
-            split_grid(solver.times, self.config.borders)
+        if self.config.segments > 1:
+            require_segments(solver, self.config.borders, self.config.features)
 
 
-class BoundActions(NamedTuple):
+@dataclass(frozen=True)
+class BoundActions:
     """The decoder with its trunk filled in: a velocity, and what `headrace.flow.blockwise` samples.
 
     Attributes:
@@ -169,9 +166,9 @@ class BoundActions(NamedTuple):
     decoder: ActionDecoder
     read: Callable[[Tensor], Tensor]
 
-    def __call__(self, noisy: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocities, shape (B, H, A), at noisy actions of that shape and times (B,)."""
-        return self.decoder.velocity(self.features(noisy, t), noisy, t)
+        return self.decoder.velocity(self.features(x, t), x, t)
 
     @property
     def borders(self) -> tuple[float, ...]:
@@ -197,17 +194,11 @@ class BoundActions(NamedTuple):
         return stacks.velocity(x, inner, stacks.features(x, inner), segment).float()
 
     def sample(self, noise: Tensor, solver: SolverSettings) -> Tensor:
-        """Normalised actions, shape (B, H, A), from noise of that shape; raises ValueError as `ActionDecoder.require`.
-
-        Euler steps go through `integrate_blockwise` where there are segments. Other methods find the stack by the time
-        of each call.
-        """
+        """Normalised actions, shape (B, H, A), from noise of that shape; raises ValueError as `require_segments`."""
         config = self.decoder.config
-        self.decoder.require(solver)
-        if config.segments == 1 or solver.method != "euler":
+        if config.segments == 1:
             return solver.sample(self, noise)
-        mode: FeatureMode = config.features
-        return integrate_blockwise(self, noise, borders=config.borders, grid=solver.times, mode=mode)
+        return sample_blockwise(self, noise, solver, borders=config.borders, mode=config.features)
 
 
 def time_in_paper_order(mix: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from headrace.flow.solver import integrate
+from headrace.flow.blockwise import sample_blockwise
+from headrace.flow.solver import SolverSettings
 from headrace.nn.grid_positions import GridPositions
 from headrace.nn.patch_flow import PatchFlow, power_grid
 from headrace.nn.patches import patch_grid, unpatchify
+from headrace.nn.segmented_patch_flow import SegmentedPatchFlow
 from headrace.nn.shapes import expect_shape
 from headrace.nn.starting_weights import draw_weights
 from headrace.nn.vit_features import block_outputs, patch_tokens
@@ -68,7 +70,11 @@ class UniFlow(Tokenizer):
                 for _ in range(config.global_depth)
             )
         )
-        self.flow_head = PatchFlow(config.flow_head)
+        self.flow_head: PatchFlow | SegmentedPatchFlow = (
+            PatchFlow(config.flow_head)
+            if config.flow_segments == 1
+            else SegmentedPatchFlow(config.flow_head, config.flow_segments)
+        )
         for part in (self.to_latent, self.from_latent):
             part.apply(partial(draw_weights, gain=config.init_gain))
         self.global_blocks.apply(draw_weights)
@@ -198,7 +204,7 @@ class UniFlow(Tokenizer):
             Normalised images, (B, 3, H, W), not clamped.
 
         Raises:
-            ValueError: Wrong shapes, or N does not fit the grid.
+            ValueError: Wrong shapes, N does not fit the grid, or fewer steps than the flow head has segments.
         """
         expect_shape("tokens", tokens, (None, None, self.config.latent_channels))
         batch, count = tokens.shape[:2]
@@ -213,8 +219,15 @@ class UniFlow(Tokenizer):
         expect_shape("noise", noise, (batch * count, length))
         condition = self.condition(tokens, grid).flatten(0, 1)
         times = power_grid(steps if steps is not None else self.config.steps, self.config.schedule_power)
-        patches = integrate(lambda x, t: self.flow_head(x, t, condition), noise, grid=times)
+        patches = self._follow(condition, noise, SolverSettings(grid=times))
         return unpatchify(patches.reshape(batch, count, length), grid) / self.config.target_scale
+
+    def _follow(self, condition: Tensor, noise: Tensor, solver: SolverSettings) -> Tensor:
+        """Patches (M, P) from noise of that shape and condition tokens (M, D)."""
+        head = self.flow_head
+        if isinstance(head, SegmentedPatchFlow):
+            return sample_blockwise(head.bind(condition), noise[:, None], solver, borders=head.borders)[:, 0]
+        return solver.sample(lambda x, t: head(x, t, condition), noise)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class UniFlowConfig:
         global_depth: Global transformer blocks, the only place in the decoder where patches see each other.
         global_heads: Their heads; 16 for official weights.
         flow_depth: Blocks of the per-patch flow head.
+        flow_segments: Equal segments of time, each with a third of those blocks of its own (BFM), drawn evenly in
+            training whatever `time_sampling` says; 1 is UniFlow.
         flow_width: Its width, at least the numbers in one patch; 0 takes the encoder width.
         steps: Default number of Euler steps in `decode`.
         schedule_power: Step schedule, 1 is uniform; see `power_grid`.
@@ -43,6 +45,7 @@ class UniFlowConfig:
     global_depth: int = 6
     global_heads: int = 16
     flow_depth: int = 12
+    flow_segments: int = 1
     flow_width: int = 0
     steps: int = 1
     schedule_power: float = 1.0
@@ -59,13 +62,15 @@ class UniFlowConfig:
     flow_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("latent_channels", "global_heads", "flow_depth", "steps"):
+        for name in ("latent_channels", "global_heads", "flow_depth", "flow_segments", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.global_depth < 0 or self.flow_width < 0:
             raise ValueError("global_depth and flow_width must not be negative")
         if self.encoder.width % self.global_heads or self.encoder.width % 4:
             raise ValueError(f"encoder width {self.encoder.width} must divide by 4 and by {self.global_heads} heads")
+        if self.steps < self.flow_segments:
+            raise ValueError(f"{self.flow_segments} flow_segments need at least as many steps, got {self.steps}")
         if self.schedule_power <= 0 or self.target_scale <= 0:
             raise ValueError("schedule_power and target_scale must be positive")
         if min(self.distill_weight, self.flow_weight, self.beta) < 0:

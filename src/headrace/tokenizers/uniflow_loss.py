@@ -6,7 +6,8 @@ training code on the official class. Time convention of the released sampler: 0 
 
 # Shape letters in this file: B batch, N patches, P numbers in a patch, L layers.
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from headrace.flow.loss import flow_matching_loss
 from headrace.flow.path import straight_path
-from headrace.flow.time import fat_logit_normal_time, logit_normal_time, uniform_time
+from headrace.flow.time import fat_logit_normal_time, logit_normal_time, segment_time, uniform_time
 from headrace.nn.distill import LayerwiseDistillation
 from headrace.nn.patches import patchify
+from headrace.nn.segmented_patch_flow import SegmentedPatchFlow
 from headrace.tokenizers.uniflow import UniFlow
 
 TIME_BINS = 4
@@ -25,6 +27,14 @@ TIME_LAWS: dict[str, Callable[..., Tensor]] = {
     "lognormal": logit_normal_time,
     "uniform": uniform_time,
 }
+
+
+def even_time(
+    count: int, *, borders: Sequence[float], generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """`segment_time` in random order, so that no image has all its patches in one segment, shape (count,)."""
+    times = segment_time(count, borders, generator=generator, device=device).t
+    return times[torch.randperm(count, generator=generator, device=device)]
 
 
 class UniFlowTerms(NamedTuple):
@@ -59,8 +69,14 @@ class UniFlowTerms(NamedTuple):
 
 
 def draw_times(model: UniFlow, batch: int, count: int, generator: torch.Generator | None) -> Tensor:
-    """Training times of all patches, (B * N,), by the law and the grouping of the model's config."""
+    """Training times of all patches, (B * N,), by the law and the grouping of the model's config.
+
+    Raises:
+        ValueError: Fewer draws than the flow head has segments.
+    """
     law = TIME_LAWS[model.config.time_sampling]
+    if isinstance(model.flow_head, SegmentedPatchFlow):
+        law = partial(even_time, borders=model.flow_head.borders)
     if model.config.time_per == "patch":
         return law(batch * count, generator=generator, device=model.device)
     return law(batch, generator=generator, device=model.device).repeat_interleave(count)
