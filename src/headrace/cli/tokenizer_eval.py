@@ -72,7 +72,8 @@ def evaluate(
     lpips = None if vgg is None else LpipsVGG.from_files(vgg)
     # Resizing moves and smears the borders of patches, so seams are measured at the tokenizer's own size only.
     patch = flow.config.encoder.patch if flow is not None and compare_at is None else None
-    numbers: tuple[int | None, ...] = (None,) if flow is None else steps or (flow.config.steps,)
+    own = None if flow is None else flow.step_grid.steps if flow.step_grid is not None else flow.config.steps
+    numbers: tuple[int | None, ...] = steps or (own,)
     figures: list[dict[str, Any]] = []
     for number in numbers:
         report = measure(
@@ -81,7 +82,7 @@ def evaluate(
             efficientnet=offline,
             lpips=lpips,
             inception=inception,
-            decoding=None if number is None else {"steps": number, "seed": noise_seed},
+            decoding=None if flow is None else {"seed": noise_seed} | ({"steps": number} if steps else {}),
             patch=patch,
         )
         figures.append({"steps": number, **asdict(report)})

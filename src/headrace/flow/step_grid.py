@@ -144,9 +144,24 @@ def settings_for(
         GridMismatch: The model is straightened for its grid and something else was asked for.
         ValueError: The grid's file is broken.
     """
-    if not (Path(folder) / GRID_FILE).is_file():
+    return settings_on(saved_grid(folder), asked, default=default)
+
+
+def saved_grid(folder: str | os.PathLike[str]) -> StepGrid | None:
+    """The grid saved in a model folder, if any; raises ValueError where its file is broken."""
+    return StepGrid.load(folder) if (Path(folder) / GRID_FILE).is_file() else None
+
+
+def settings_on(
+    grid: StepGrid | None, asked: SolverSettings | None = None, *, default: SolverSettings | None = None
+) -> SolverSettings:
+    """As `settings_for`, for a network whose grid is already read; None for a network without one.
+
+    Raises:
+        GridMismatch: The network is straightened for its grid and something else was asked for.
+    """
+    if grid is None:
         return asked or default or SolverSettings(steps=10)
-    grid = StepGrid.load(folder)
     if asked is None:
         return grid.settings
     grid.require(asked)

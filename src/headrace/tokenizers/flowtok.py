@@ -12,17 +12,20 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from headrace.tokenizers.base import Preprocessing, Tokenizer, check_images
-from headrace.tokenizers.flowtok_bridge import ImageToText, TextToImage, transport
+from headrace.flow.solver import SolverSettings
+from headrace.tokenizers.base import Preprocessing, check_images
+from headrace.tokenizers.flow_tokenizer import FlowTokenizer, one_of
+from headrace.tokenizers.flowtok_bridge import EVERYWHERE, ImageToText, TextToImage, transport
 from headrace.tokenizers.flowtok_captions import CaptionEncoder
 from headrace.tokenizers.flowtok_config import FlowTokConfig
 from headrace.tokenizers.flowtok_image import Posterior, TokenVAE
 
 
-class FlowTok(Tokenizer):
+class FlowTok(FlowTokenizer):
     """One-dimensional image tokens, a text tower, and the flows between them. Images in [0, 1].
 
-    Tokens (B, K, D) are scaled as the flow sees them (deviation about 1).
+    Tokens (B, K, D) are scaled as the flow sees them (deviation about 1). A step grid saved with the weights is that of
+    text-to-image.
     """
 
     Config = FlowTokConfig
@@ -97,7 +100,9 @@ class FlowTok(Tokenizer):
         captions: Sequence[str],
         *,
         steps: int | None = None,
+        solver: SolverSettings | None = None,
         guidance: float | None = None,
+        interval: tuple[float, float] = EVERYWHERE,
         seed: int | None = 0,
     ) -> Tensor:
         """Captions to images.
@@ -105,16 +110,22 @@ class FlowTok(Tokenizer):
         Args:
             captions: B texts.
             steps: Euler steps, default from the config (20).
+            solver: In place of `steps`: how the flow is followed. Default: the step grid saved with the weights, else
+                the config's steps.
             guidance: Scale, default from the config; 1 asks the network once per step, others twice in one batch.
+            interval: Times that are guided, see `transport`.
             seed: Of the source's noise, the only diversity there is; None starts from the noise-free text tokens.
 
         Returns:
             (B, 3, S, S) in [0, 1].
 
         Raises:
-            ValueError: Guidance of a model that was trained without the indicator, or bad captions.
+            GridMismatch: The network is straightened for its own step grid, and another was asked for.
+            ValueError: Guidance of a model that was trained without the indicator, bad captions, or as `transport`.
         """
-        tokens = self.generate_tokens(captions, steps=steps, guidance=guidance, seed=seed)
+        tokens = self.generate_tokens(
+            captions, steps=steps, solver=solver, guidance=guidance, interval=interval, seed=seed
+        )
         return self.decode(tokens, captions=captions).clamp(0, 1)
 
     @torch.no_grad()
@@ -123,24 +134,38 @@ class FlowTok(Tokenizer):
         captions: Sequence[str],
         *,
         steps: int | None = None,
+        solver: SolverSettings | None = None,
         guidance: float | None = None,
+        interval: tuple[float, float] = EVERYWHERE,
         seed: int | None = 0,
     ) -> Tensor:
         """Captions to scaled image tokens, (B, K, D), for `decode`; arguments and errors as `generate`.
 
         `decode(tokens)` without captions shows what the tokens alone hold: the decoder reads captions too.
         """
-        return self._carry(self.to_image, self._source(self.text_tokens(captions), seed), steps, guidance)
+        source = self._source(self.text_tokens(captions), seed)
+        if self.step_grid is not None:
+            asked = one_of(solver, None if steps is None else SolverSettings(steps=steps))
+            steps, solver = None, self.settings(asked, default=self.step_grid.settings)
+        return self._carry(self.to_image, source, steps, solver, guidance, interval)
 
     @torch.no_grad()
-    def caption(self, images: Tensor, *, steps: int | None = None, guidance: float | None = None) -> list[str]:
-        """Images (B, 3, S, S) in [0, 1] to captions; arguments and errors as `generate`.
+    def caption(
+        self,
+        images: Tensor,
+        *,
+        steps: int | None = None,
+        solver: SolverSettings | None = None,
+        guidance: float | None = None,
+        interval: tuple[float, float] = EVERYWHERE,
+    ) -> list[str]:
+        """Images (B, 3, S, S) in [0, 1] to captions; arguments and errors as `generate`, but no saved step grid.
 
         Raises:
             ValueError: The model has no image-to-text half.
         """
         bridge = self.captioner()
-        tokens = self._carry(bridge, self.encode(images), steps, guidance)
+        tokens = self._carry(bridge, self.encode(images), steps, solver, guidance, interval)
         return self.captions.ids.text(bridge.decoder(tokens).argmax(-1))
 
     @torch.no_grad()
@@ -166,7 +191,13 @@ class FlowTok(Tokenizer):
         return posterior.sample(noise.to(posterior.mean))
 
     def _carry(
-        self, bridge: TextToImage | ImageToText, source: Tensor, steps: int | None, guidance: float | None
+        self,
+        bridge: TextToImage | ImageToText,
+        source: Tensor,
+        steps: int | None,
+        solver: SolverSettings | None,
+        guidance: float | None,
+        interval: tuple[float, float],
     ) -> Tensor:
         config = self.config
         guidance = config.guidance if guidance is None else guidance
@@ -178,7 +209,9 @@ class FlowTok(Tokenizer):
         return transport(
             bridge.velocity,
             source,
-            steps=config.steps if steps is None else steps,
+            steps=config.steps if steps is None and solver is None else steps,
+            solver=solver,
             guidance=guidance,
+            interval=interval,
             legacy_grid=config.legacy_grid,
         )

@@ -9,12 +9,14 @@ text-to-image the text takes the place of noise.
 import torch
 from torch import Tensor, nn
 
-from headrace.flow.solver import Velocity, integrate, uniform_grid
+from headrace.flow.guidance import check_interval
+from headrace.flow.solver import SolverSettings, Velocity, integrate, integrate_each, uniform_grid
 from headrace.nn.dit import SequenceDiT, SequenceDiTConfig
 from headrace.tokenizers.flowtok_text import AlignHead, ProjectorConfig, TextDecoder, TextDecoderConfig, TextProjector
 
 MATCHED, UNMATCHED = 0, 1
 LEGACY_END = 1.0 - 1e-5
+EVERYWHERE = (0.0, 1.0)
 
 
 class TextToImage(nn.Module):
@@ -82,23 +84,47 @@ def indicator_velocity(net: SequenceDiT, guidance: float) -> Velocity:
 
 
 def transport(
-    net: SequenceDiT, source: Tensor, *, steps: int, guidance: float = 1.0, legacy_grid: bool = False
+    net: SequenceDiT,
+    source: Tensor,
+    *,
+    steps: int | None = None,
+    solver: SolverSettings | None = None,
+    guidance: float = 1.0,
+    interval: tuple[float, float] = EVERYWHERE,
+    legacy_grid: bool = False,
 ) -> Tensor:
-    """Carry source tokens to the target with Euler steps.
+    """Carry source tokens to the target.
 
     Args:
         net: Velocity network.
         source: Tokens at t=0, (B, K, D).
-        steps: Euler steps; 20 in the paper.
+        steps: Equal Euler steps, 20 in the paper; give these or `solver`.
+        solver: How the flow is followed.
         guidance: See `indicator_velocity`; 2 in the released 20-step runs.
+        interval: Steps that start at `low <= t < high` are guided; the others ask the network once, matched.
         legacy_grid: The released sampler goes to 1 - 1e-5 in n equal steps but asks the network at i/(n-1) instead of
-            i/n, up to 0.05 late at n=20. Weights trained and judged with it may want it; everything else does not.
+            i/n, up to 0.05 late at n=20. Weights trained and judged with it may want it; everything else does not. It
+            is for `steps` without an interval: a solver's times are asked for as they are.
 
     Returns:
         Tokens at t=1, (B, K, D).
+
+    Raises:
+        ValueError: Both or neither of `steps` and `solver`, a bad interval, or one with `dopri5` or the legacy grid.
     """
-    velocity = indicator_velocity(net, guidance)
-    if legacy_grid and steps > 1:
+    if (steps is None) == (solver is None):
+        raise ValueError("give either steps or solver")
+    velocity, everywhere = indicator_velocity(net, guidance), check_interval(interval) == EVERYWHERE
+    if steps is not None and legacy_grid and steps > 1:
+        if not everywhere:
+            raise ValueError("the legacy grid knows no guidance interval; give a solver in place of steps")
         late, grid = steps / (steps - 1), uniform_grid(steps, t1=LEGACY_END)
         return integrate(lambda x, t: velocity(x, t * late), source, grid=grid)
-    return integrate(velocity, source, steps=steps)
+    chosen = solver or SolverSettings(steps=steps)
+    if everywhere:
+        return chosen.sample(velocity, source)
+    if chosen.method == "dopri5":
+        raise ValueError("dopri5 steps across the ends of a guidance interval; take a method with fixed steps")
+    plain, (low, high) = indicator_velocity(net, 1.0), interval
+    velocities = [velocity if low <= start < high else plain for start in chosen.times[:-1]]
+    return integrate_each(velocities, source, grid=chosen.times, method=chosen.method)

@@ -22,7 +22,8 @@ from headrace.nn.segmented_patch_flow import SegmentedPatchFlow
 from headrace.nn.shapes import expect_shape
 from headrace.nn.starting_weights import draw_weights
 from headrace.nn.vit_features import block_outputs, patch_tokens
-from headrace.tokenizers.base import RANGE_SLACK, Preprocessing, Tokenizer
+from headrace.tokenizers.base import RANGE_SLACK, Preprocessing
+from headrace.tokenizers.flow_tokenizer import FlowTokenizer, one_of
 from headrace.tokenizers.uniflow_config import UniFlowConfig
 from headrace.tokenizers.uniflow_encoders import build_vit
 
@@ -41,7 +42,7 @@ class Bottleneck(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x)))
 
 
-class UniFlow(Tokenizer):
+class UniFlow(FlowTokenizer):
     """A vision transformer with a bottleneck and a pixel decoder. Pixels in [0, 1], normalised by `preprocessing`.
 
     Grids other than the native one are accepted wherever images are: sides that are multiples of the patch, with
@@ -187,6 +188,7 @@ class UniFlow(Tokenizer):
         *,
         grid: Grid | None = None,
         steps: int | None = None,
+        solver: SolverSettings | None = None,
         noise: Tensor | None = None,
         seed: int = 0,
     ) -> Tensor:
@@ -196,6 +198,8 @@ class UniFlow(Tokenizer):
             tokens: Latents, (B, N, Z).
             grid: Rows and columns; default the native grid, or the square of N.
             steps: Euler steps, default from the config. One step gives the mean image, which more do not sharpen.
+            solver: In place of `steps`: how the flow is followed. Default: the step grid saved with the weights, else
+                the config's steps.
             noise: Start of the flow, (B * N, P). Default: one draw per patch position from `seed`, the same for every
                 image, so that an image decodes alike alone and in any batch.
             seed: Seed of that draw.
@@ -204,7 +208,9 @@ class UniFlow(Tokenizer):
             Normalised images, (B, 3, H, W), not clamped.
 
         Raises:
-            ValueError: Wrong shapes, N does not fit the grid, or fewer steps than the flow head has segments.
+            GridMismatch: The network is straightened for its own step grid, and another was asked for.
+            ValueError: Wrong shapes, N does not fit the grid, both steps and solver, or fewer steps than the flow
+                head has segments.
         """
         expect_shape("tokens", tokens, (None, None, self.config.latent_channels))
         batch, count = tokens.shape[:2]
@@ -218,9 +224,14 @@ class UniFlow(Tokenizer):
             noise = one.repeat(batch, 1)
         expect_shape("noise", noise, (batch * count, length))
         condition = self.condition(tokens, grid).flatten(0, 1)
-        times = power_grid(steps if steps is not None else self.config.steps, self.config.schedule_power)
-        patches = self._follow(condition, noise, SolverSettings(grid=times))
+        asked = one_of(solver, None if steps is None else self._power_steps(steps))
+        chosen = self.settings(asked, default=self._power_steps(self.config.steps))
+        patches = self._follow(condition, noise, chosen)
         return unpatchify(patches.reshape(batch, count, length), grid) / self.config.target_scale
+
+    def _power_steps(self, steps: int) -> SolverSettings:
+        """Euler on the config's schedule."""
+        return SolverSettings(grid=power_grid(steps, self.config.schedule_power))
 
     def _follow(self, condition: Tensor, noise: Tensor, solver: SolverSettings) -> Tensor:
         """Patches (M, P) from noise of that shape and condition tokens (M, D)."""
