@@ -16,7 +16,8 @@ from headrace.contracts import ActionSpec
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
 from headrace.flow.solver import SolverSettings
-from headrace.nn.pretrained import load_strictly, read_weights
+from headrace.flow.step_grid import settings_for
+from headrace.nn.pretrained import load_strictly, read_weights, resolve_folder
 from headrace.robot.continuation import sample_after
 from headrace.robot.finetune import parameter_groups, still
 from headrace.robot.lerobot_checkpoint import PREFIX, load_network, network_config, read_tokenizer
@@ -34,6 +35,10 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
     Args:
         config: With features; where it has no network yet, one is made from them and from `dataset_meta`.
         dataset_stats, dataset_meta: Of the dataset that is trained on; not needed by a saved policy.
+
+    Raises:
+        GridMismatch: `config.init` was straightened for another grid than `num_inference_steps` equal steps.
+        ValueError: The features do not fit the network.
     """
 
     config_class = LeRobotVipraConfig
@@ -55,11 +60,12 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         ours = self._effective(network_config({"network": config.network}))
         require_features(config, ours)
         self.model = VipraPolicy(ours)
+        self.solver = SolverSettings(method="euler", steps=config.num_inference_steps)
         if config.init is not None and config.pretrained_path is None:
             trained = load_network(config.init)
+            self.solver = settings_for(resolve_folder(config.init), self.solver)
             self.model.load_state_dict(trained.state_dict())
             self.model.tokenizer = trained.tokenizer
-        self.solver = SolverSettings(method="euler", steps=config.num_inference_steps)
         self.spec: ActionSpec = ours.action_spec
         self.reset()
 
