@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headrace.flow.solver import integrate
+from headrace.flow.diffusers_import import sigmas_of, to_diffusers
+from headrace.flow.solver import integrate, uniform_grid
 
 STEPS = 10
 
@@ -63,13 +64,13 @@ def diffusers_euler(network: Network) -> Callable[[Tensor], Tensor]:
     """diffusers' flow-matching Euler scheduler; its time is the noise level, so the velocity is turned round."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler, sigmas = FlowMatchEulerDiscreteScheduler(shift=1.0), sigmas_of(uniform_grid(STEPS))
+    theirs = to_diffusers(network)
 
     def run(x: Tensor) -> Tensor:
-        scheduler.set_timesteps(sigmas=[1.0 - k / STEPS for k in range(STEPS)])
+        scheduler.set_timesteps(sigmas=sigmas)
         for t in scheduler.timesteps:
-            time_ours = (1.0 - t / 1000.0).expand(len(x))
-            x = scheduler.step(-network(x, time_ours), t, x).prev_sample
+            x = scheduler.step(theirs(x, t.expand(len(x))), t, x).prev_sample
         return x
 
     return run
