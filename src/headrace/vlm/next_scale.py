@@ -107,6 +107,7 @@ class NextScaleConfig:
             quantizer: Of the tokenizer.
             end: Text ids after the image, see `headrace.vlm.next_scale_prompts.end_ids`.
         """
+        rope: dict[str, Any] = language.to_dict().get("rope_parameters") or {}
         return cls(
             scales=quantizer.scales,
             codes=quantizer.codes,
@@ -119,7 +120,7 @@ class NextScaleConfig:
             kv_heads=language.num_key_value_heads,
             hidden=language.intermediate_size,
             max_positions=language.max_position_embeddings,
-            theta=(language.rope_parameters or {}).get("rope_theta", cls.theta),
+            theta=rope.get("rope_theta", cls.theta),
             eps=language.rms_norm_eps,
         )
 
