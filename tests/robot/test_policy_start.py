@@ -196,7 +196,7 @@ def test_a_checkpoint_refuses_demonstrations_of_other_actions_and_names_new_word
         prepare([folder], replace(again, camera_size=80))
     tasks = folder / "meta" / "tasks.parquet"
     prepare([folder], again)
-    assert not caplog.records
+    assert "knows no" not in caplog.text
     frame = pandas.read_parquet(tasks)
     frame.index = ["push the cube", "open it"]
     frame.to_parquet(tasks)
