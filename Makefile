@@ -12,7 +12,7 @@ demo: setup
 	@$(PYTHON) recipes/demo.py
 
 test: setup-dev lint types
-	$(PYTHON) -m pytest tests
+	@scripts/test.sh
 
 check: setup-dev lint types
 	$(PYTHON) -m pytest tests -m "not slow and not render and not browser"

@@ -12,6 +12,7 @@ from headrace.robot.label_cluster import LabelJob, import_ray_data, label_on_ray
 from headrace.robot.label_run import label_corpus
 from headrace.robot.latent_action import LatentActionModel
 from headrace.robot.latent_action_config import LatentActionConfig
+from headrace.sim.cluster import start_node
 
 
 def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
@@ -44,7 +45,7 @@ def test_two_workers_write_what_one_process_writes(tmp_path, monkeypatch):
     job = LabelJob(model=tmp_path / "lam", data=(str(tmp_path / "videos"),), strides=(1,), horizon=2, rows_per_part=6)
     labeler, corpus = job.open()
     label_corpus(labeler, corpus, tmp_path / "one", name=str(job.model), rows_per_part=job.rows_per_part)
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path)}})
+    start_node(ray, num_cpus=2, runtime_env={"env_vars": {"PYTHONPATH": ":".join(sys.path)}})
     try:
         run = label_on_ray(job, tmp_path / "two", workers=2, cpus=0.5)
     finally:

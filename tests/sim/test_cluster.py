@@ -72,3 +72,24 @@ def test_rows_are_those_of_one_process_and_a_dead_worker_costs_its_episode(task,
     for seed, row in one.items():
         same = ("success", "steps", "actions", "states", "episode", "first_success_step", "readings")
         assert {key: row[key] for key in same} == {key: many[seed][key] for key in same}
+
+
+def test_a_node_that_is_slow_to_start_is_tried_again():
+    from headrace.sim.cluster import start_node
+
+    class Slow:
+        tries, stopped = 0, 0
+
+        def init(self, **options):
+            self.tries += 1
+            if self.tries < 3:
+                raise Exception("The current node timed out during startup.")
+
+        def shutdown(self):
+            self.stopped += 1
+
+    ray = Slow()
+    start_node(ray, num_cpus=1)
+    assert (ray.tries, ray.stopped) == (3, 2)
+    with pytest.raises(Exception, match="timed out"):
+        start_node(Slow(), attempts=2)

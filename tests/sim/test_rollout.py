@@ -225,7 +225,7 @@ def test_a_checkpoint_trained_anew_under_the_old_name_is_refused(task, tmp_path)
 def test_a_finished_run_that_is_asked_for_again_keeps_what_it_measured(task, tmp_path):
     first = run(task, Pusher(), tmp_path / "out")
     again = run(task, policy := Pusher(), tmp_path / "out")
-    assert policy.batches == [] and again["seconds"] == first["seconds"] > 0.1
+    assert policy.batches == [] and again["seconds"] == first["seconds"] > 0
     assert again["action_names"] == again["state_names"] == ["x"]
     more = run(task, Pusher(), tmp_path / "out", episodes=4)
     assert more["seconds"] > first["seconds"] and more["episodes"] == 4

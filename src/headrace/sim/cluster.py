@@ -58,14 +58,32 @@ class Cluster:
             return ray
         paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        ray.init(
+        start_node(
+            ray,
             num_cpus=max(1, round(self.workers * self.cpus)),
-            include_dashboard=False,
             log_to_driver=False,
             object_store_memory=256 << 20,
             runtime_env={"env_vars": paths},
         )
         return ray
+
+
+def start_node(ray: Any, *, attempts: int = 3, **options: Any) -> None:
+    """`ray.init` on this machine, tried again where the node is not up within Ray's own 30 s: a loaded machine is slow.
+
+    Args:
+        ray: The module.
+        attempts: How often it is tried.
+        options: Go to `ray.init`.
+    """
+    for left in reversed(range(attempts)):
+        try:
+            ray.init(include_dashboard=False, **options)
+            return
+        except Exception as error:
+            if not left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 class EpisodeMaker:

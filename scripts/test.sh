@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The whole test suite in two halves side by side, one thread each: in one process it leaves half of two cores idle.
+# Usage: scripts/test.sh [further pytest options]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+first=(tests/robot tests/vlm tests/cli tests/parity tests/scripts tests/recipes)
+second=()
+for path in tests/test_*.py tests/*/; do
+  path="${path%/}"
+  case " ${first[*]} tests/__pycache__ " in *" $path "*) ;; *) second+=("$path") ;; esac
+done
+log="$(mktemp)"
+trap 'rm -f "$log"; kill $(jobs -p) 2>/dev/null' EXIT
+.venv/bin/python -m pytest "${second[@]}" "$@" >"$log" 2>&1 &
+other=$!
+.venv/bin/python -m pytest "${first[@]}" "$@"
+status=$?
+wait "$other" || status=$?
+printf '\n== the other half: %s\n' "${second[*]}"
+cat "$log"
+exit "$status"
