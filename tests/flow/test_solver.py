@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from headrace.flow.blockwise import integrate_blockwise
 from headrace.flow.flowopt import uni_inversion
 from headrace.flow.guidance import guided, integrate_guided
 from headrace.flow.solver import (
@@ -13,6 +14,7 @@ from headrace.flow.solver import (
     trajectory,
     uniform_grid,
 )
+from headrace.nn.blockwise import BlockwiseConfig, BlockwiseVelocity
 
 
 def decay(x, t):
@@ -190,3 +192,17 @@ def test_guided_samplers_compile_into_one_graph(network):
     made = [compiled(sample)(NOISE) for sample in (per_row, per_step)]
     torch.testing.assert_close(made[0], made[1])
     torch.testing.assert_close(made[0], per_row(NOISE))
+
+
+@pytest.mark.parametrize("mode", ["full", "residual", "hold"])
+def test_a_blockwise_sampler_compiles_into_one_graph(mode):
+    torch.manual_seed(0)
+    config = BlockwiseConfig.tiny()
+    bound = BlockwiseVelocity(config).eval().bind(torch.randn(2, config.condition_dim))
+    noise = torch.randn(2, config.tokens, config.channels)
+
+    def sample(x):
+        return integrate_blockwise(bound, x, borders=config.borders, steps_per_segment=2, mode=mode)
+
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(sample)(noise), sample(noise))

@@ -3,7 +3,6 @@
 Source: Blockwise Flow Matching, arXiv 2510.21167; mlvlab/Blockwise-Flow-Matching@5e7ae87 (facts only).
 """
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal, Protocol
@@ -62,7 +61,7 @@ def split_grid(grid: Sequence[float], borders: Sequence[float]) -> list[tuple[fl
         raise ValueError(f"{steps} steps leave out some of {segments} time segments; take at least {segments} steps")
     runs: list[list[float]] = [[] for _ in range(segments)]
     for now in times[:-1]:
-        runs[min(bisect_right(edges, now + SAME_TIME), segments) - 1].append(now)
+        runs[min(sum(edge <= now + SAME_TIME for edge in edges), segments) - 1].append(now)
     for run, (start, end) in zip(runs, pairwise(edges), strict=True):
         if not run:
             raise ValueError(f"no step of the grid starts in the time segment from {start:g} to {end:g}; add one there")
@@ -117,7 +116,7 @@ def integrate_blockwise(
         raise ValueError("give either steps_per_segment or grid")
     edges = _check_borders(parts, borders)
     times = equal_steps(edges, steps_per_segment) if steps_per_segment is not None else tuple(grid or ())
-    velocities = list[Velocity]()
+    velocities: list[Velocity] = []
     for segment, (run, (start, end)) in enumerate(zip(split_grid(times, edges), pairwise(edges), strict=True)):
         if mode == "residual" and abs(run[0] - start) > SAME_TIME:
             raise ValueError(f"the feature residual counts from the segment's start {start:g}, which the grid misses")
@@ -138,22 +137,22 @@ def _segment_velocities(
     parts: BlockwiseParts, segment: int, start: float, end: float, mode: FeatureMode, steps: int
 ) -> list[Velocity]:
     """The velocities of one segment's steps; the first one keeps its features for the others."""
-    kept: list[Tensor] = []
+    kept: dict[str, Tensor] = {}
 
     def at_start(state: Tensor, t: Tensor) -> Tensor:
         moment = parts.at(t)
-        kept[:] = [parts.features(state, moment)]
-        return parts.velocity(state, moment, kept[0], segment)
+        kept["first"] = parts.features(state, moment)
+        return parts.velocity(state, moment, kept["first"], segment)
 
     def inside(state: Tensor, t: Tensor) -> Tensor:
         moment = parts.at(t)
         if mode == "full":
             features = parts.features(state, moment)
         elif mode == "residual":
-            share = expand_time((t - start) / (end - start), kept[0]).to(kept[0])
-            features = kept[0] + share * parts.residual(state, moment)
+            share = expand_time((t - start) / (end - start), kept["first"]).to(kept["first"])
+            features = kept["first"] + share * parts.residual(state, moment)
         else:
-            features = kept[0]
+            features = kept["first"]
         return parts.velocity(state, moment, features, segment)
 
     return [at_start, *[inside] * (steps - 1)]
