@@ -1,11 +1,13 @@
 """What a save that fails leaves behind."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from headrace.nn.fingerprint import folder_fingerprint
 from headrace.nn.pretrained import Pretrained, write_atomically
 
 
@@ -24,6 +26,16 @@ class Tiny(Pretrained):
     def __init__(self, config: TinyConfig) -> None:
         super().__init__(config)
         self.layer = nn.Linear(config.width, config.width)
+
+
+def test_equal_weights_are_equal_files(tmp_path):
+    """Also from one process to the next: safetensors hashes metadata with a seed per process, so one key at most."""
+    Tiny(TinyConfig()).save_pretrained(tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"] == {"format": "pt"}
+    Tiny.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == data
+    assert folder_fingerprint(tmp_path) == folder_fingerprint(tmp_path / "again")
 
 
 def test_a_first_save_that_does_not_fit_leaves_nothing(tmp_path, small_files):

@@ -163,9 +163,9 @@ class Pretrained(nn.Module):
                 continue
             shared[value.data_ptr()] = key
             unique[key] = value
-        write_atomically(
-            folder / WEIGHTS_FILE, lambda path: save_file(unique, path, {"model": type(self).__name__, "format": "pt"})
-        )
+        # one entry of metadata: safetensors writes several in an order that differs from process to process, and equal
+        # weights should be equal files
+        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(unique, path, {"format": "pt"}))
         config = {"model": type(self).__name__, **asdict(self.config)}
         write_atomically(folder / CONFIG_FILE, lambda path: void(path.write_text(json.dumps(config, indent=2) + "\n")))
 
