@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.sim.collect import CollectSettings, collect
+from headrace.sim.collect import CollectSettings, ExpertFails, collect
+from headrace.sim.collect import demonstrations as demonstrations_of
 from headrace.sim.run_folder import claim
 from headrace.sim.tasks import Task, find_task
+from headrace.sim.workers import Simulators
 
 pytestmark = [pytest.mark.sim, pytest.mark.render]
 
@@ -99,10 +101,12 @@ from headrace.sim.environment import Step
 class Toy:
     spec = ActionSpec(names=("x",), frame="joint", rotation="none", gripper="none", rate=10.0)
     cameras, state_names, robot = ("eye",), ("x",), "stick"
-    def __init__(self, task, **settings): self.reaches = settings.get("reaches", True)
+    def __init__(self, task, **settings):
+        self.reaches, self.share = settings.get("reaches", True), settings.get("share", 1)
     def observe(self):
         return Observation(images={"eye": np.zeros((64, 64, 3), np.uint8)}, state=np.zeros(1, np.float32))
     def reset(self, seed):
+        self.seed = seed
         self.steps = 0
         if seed % 100 == 76: time.sleep(1000)
         if 76 < seed % 100 < 90: time.sleep(3)  # so that there is a while in which the hang can be noticed
@@ -110,7 +114,7 @@ class Toy:
         return self.observe()
     def step(self, action):
         self.steps += 1
-        return Step(self.observe(), self.reaches and self.steps > 2, {})
+        return Step(self.observe(), self.reaches and self.seed % self.share == 0 and self.steps > 2, {})
     def close(self): pass
 
 class Expert:
@@ -135,8 +139,25 @@ def test_an_expert_that_fails_ends_with_a_sentence_and_no_folder(toy, tmp_path, 
     never = replace(toy, settings=(("reaches", False),))
     monkeypatch.setattr(headrace.sim.tasks, "find_task", lambda name: never)
     assert main(["collect", "--task", "Toy", "--episodes", "5", "--out", str(tmp_path / "out"), "--num-envs", "1"]) == 1
-    assert "only 0 of 25 demonstrations of Toy succeeded" in capsys.readouterr().out
+    assert "only 0 of 25 demonstrations of Toy succeeded" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_successes_too_rare_leave_nothing_half_written(toy, tmp_path):
+    rare = replace(toy, settings=(("reaches", True), ("share", 10)))
+    with pytest.raises(ExpertFails, match="only 3 of 25 demonstrations"):
+        collect(rare, CollectSettings(episodes=5, seed=0), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+
+
+def test_one_in_five_is_enough_and_the_last_one_counts(toy, tmp_path):
+    rare = replace(toy, settings=(("reaches", True), ("share", 5)))
+    kept = []
+    with Simulators() as simulators:
+        workers = simulators.assign(rare, None, 1)
+        for episode, tried in demonstrations_of(rare, CollectSettings(episodes=5, seed=1), workers):
+            kept.append((episode.seed, tried))
+    assert kept == [(5, 5), (10, 10), (15, 15), (20, 20), (25, 25)]
 
 
 def test_a_full_disk_ends_with_a_sentence_and_no_folder(toy, tmp_path, monkeypatch, capsys):

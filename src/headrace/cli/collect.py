@@ -1,5 +1,6 @@
 """`headrace collect`: demonstrations from a task's scripted expert, as a LeRobotDataset."""
 
+import sys
 from pathlib import Path
 
 
@@ -42,7 +43,9 @@ def collect(
     try:
         done = run(find_task(task), settings, out)
     except ExpertFails as error:
-        print(f"headrace collect: {error}. Nothing was written; `headrace rollout oracle --task {task}` shows why.")
+        print(
+            f"headrace collect: {error}. Nothing was kept; try `headrace rollout oracle --task {task}`", file=sys.stderr
+        )
         return 1
     rate = 60 * done.kept / done.seconds
     print(f"{done.kept} demonstrations ({done.frames} frames) in {done.seconds:.0f} s, {rate:.0f} a minute: {out}")

@@ -88,12 +88,13 @@ def demonstrations(task: Task, settings: CollectSettings, workers: list[Worker])
             except WorkerFailed as error:
                 failure = "the environment hangs" if worker in hung else str(error)
                 worker.restart()
-            if tried >= 25 and kept < tried / 5:
+            succeeded = episode is not None and failure is None and episode.success.at_end
+            kept += succeeded
+            if not succeeded and tried >= 25 and kept < tried / 5:
                 why = f"; the last one: {failure}" if failure else ""
                 raise ExpertFails(f"only {kept} of {tried} demonstrations of {task.name} succeeded{why}")
             ask(worker)
-            if episode is not None and failure is None and episode.success.at_end:
-                kept += 1
+            if episode is not None and succeeded:
                 yield episode, tried
                 if kept == settings.episodes:
                     return
@@ -131,30 +132,43 @@ def collect(task: Task, settings: CollectSettings, folder: Path) -> Collected:
     part = folder.with_name(f".{folder.name}.part")
     holding = folder.with_name(f".{folder.name}.claim")
     require_ready(task)
-    started, frames, tried = time.perf_counter(), 0, 0
+    started = time.perf_counter()
     with claim(holding), Simulators() as simulators:
-        if part.exists():
-            shutil.rmtree(part)
-        workers = simulators.assign(task, None, settings.num_envs)
-        declared = [describe(worker, timeout=settings.timeout) for worker in workers]  # so that all are up
-        described = declared[0]
-        dataset: Any = None
-        bar = tqdm(total=settings.episodes, desc=f"collect {task.name}", unit="demo", mininterval=0.5)
-        for episode, attempts in demonstrations(task, settings, workers):
-            if dataset is None:
-                dataset = _create(part, task, described, next(iter(episode.frames[0].values())).shape)
-            _add(dataset, episode)
-            tried, frames = attempts, frames + len(episode.actions)
-            bar.update()
-        bar.close()
+        try:
+            if part.exists():
+                shutil.rmtree(part)
+            tried, frames = _write(task, settings, part, simulators)
+            part.replace(folder)
+        finally:  # renamed by now, or worth nothing
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(holding, ignore_errors=True)
+    return Collected(settings.episodes, tried, frames, time.perf_counter() - started)
+
+
+def _write(task: Task, settings: CollectSettings, part: Path, simulators: Simulators) -> tuple[int, int]:
+    """The whole dataset into `part`; returns demonstrations tried and frames written."""
+    workers = simulators.assign(task, None, settings.num_envs)
+    for worker in workers:  # so that all are up
+        described = describe(worker, timeout=settings.timeout)
+    dataset: Any = None
+    tried = frames = 0
+    try:
+        with tqdm(total=settings.episodes, desc=f"collect {task.name}", unit="demo", mininterval=0.5) as bar:
+            for episode, attempts in demonstrations(task, settings, workers):
+                tried = attempts
+                if dataset is None:
+                    dataset = _create(part, task, described, next(iter(episode.frames[0].values())).shape)
+                _add(dataset, episode)
+                frames += len(episode.actions)
+                bar.update()
         for worker in workers:
             worker.kill()  # the demonstrations that they are at are not wanted any more
-        dataset.finalize()
-        origin = {"task": task.name, "settings": asdict(settings), "spec": described["spec"], "frames": frames}
-        write_json(part / ORIGIN_FILE, origin)
-        part.replace(folder)
-    shutil.rmtree(holding, ignore_errors=True)
-    return Collected(settings.episodes, tried, frames, time.perf_counter() - started)
+    finally:
+        if dataset is not None:
+            dataset.finalize()  # else it does so when it is collected, into a folder that is removed by then
+    origin = {"task": task.name, "settings": asdict(settings), "spec": described["spec"], "frames": frames}
+    write_json(part / ORIGIN_FILE, origin)
+    return tried, frames
 
 
 def _create(folder: Path, task: Task, described: dict[str, Any], image_shape: tuple[int, ...]) -> Any:
