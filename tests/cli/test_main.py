@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -53,7 +54,21 @@ def test_two_word_commands_are_found():
     assert find_command(["rollout", "x", "y"]) == ("rollout", ["x", "y"])
 
 
-def test_a_reader_that_leaves_is_no_error():
-    shell = f"{sys.executable} -m headrace.cli.main tasks | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr == "" and len(done.stdout.splitlines()) == 1
+def test_a_reader_that_left_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "headrace.cli.main", "tasks"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_another_broken_pipe_is_one(monkeypatch, capsys):
+    import headrace.cli.tasks
+
+    def lose_the_simulator() -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(headrace.cli.tasks, "tasks", lose_the_simulator)
+    assert main(["tasks"]) == 1
+    assert "headrace tasks: [Errno 32] Broken pipe" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import select
 import sys
 from importlib import import_module
 
@@ -83,9 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     function = getattr(import_module(module), attribute)
     try:
         status = tyro.cli(function, prog=f"headrace {name}", args=rest)
-    except BrokenPipeError:  # whoever read our output has seen enough: `headrace tasks | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        if _reader_left():
+            return EXIT_OK
+        print(f"headrace {name}: {error}", file=sys.stderr)
+        return EXIT_ERROR
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, ConnectionError) as error:
         if os.environ.get("HEADRACE_TRACEBACK"):
             raise
@@ -101,6 +105,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"headrace {name}: stopped", file=sys.stderr)
         return 130
     return int(status or EXIT_OK)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more, as after `headrace tasks | head`; it goes nowhere from then on."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # not a file, or closed
+        return False
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 if __name__ == "__main__":
