@@ -10,9 +10,10 @@ import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KEY = "/usr/share/keyrings/debian-archive-keyring.gpg"
+MIRROR, OTHER = "file:/srv/mirror", "file:/srv/other"  # apt takes any address; these reach nothing
 DEB822 = f"""# the machine's mirror
 Types: deb deb-src
-URIs: http://mirror.example/debian
+URIs: {MIRROR}
 # with updates
 Suites: bookworm bookworm-updates
 Components: main
@@ -20,15 +21,15 @@ Components: main
 Signed-By: {KEY}
 
 Types: deb
-URIs: http://security.example/debian-security
+URIs: {OTHER}
 Suites: bookworm-security
 Components: main
 """
-ONE_LINE = f"""# deb http://old.example/debian bookworm main
+ONE_LINE = f"""# deb {OTHER} bookworm main
 deb cdrom:[Debian 12]/ bookworm main
-deb-src http://source.example/debian bookworm main
-deb http://security.example/debian-security bookworm-security main
-deb [arch=amd64 signed-by={KEY}] http://mirror.example/debian bookworm main contrib # ours
+deb-src {OTHER} bookworm main
+deb {OTHER} bookworm-security main
+deb [arch=amd64 signed-by={KEY}] {MIRROR} bookworm main contrib # ours
 """
 
 
@@ -55,7 +56,7 @@ def test_the_mirror_and_its_key_are_the_machines_own(apt, place, text):
     assert answer.returncode == 0
     assert answer.stdout.splitlines() == [
         "Types: deb",
-        "URIs: http://mirror.example/debian",
+        f"URIs: {MIRROR}",
         "Suites: bookworm-backports",
         "Components: main",
         f"Signed-By: {KEY}",
@@ -63,16 +64,16 @@ def test_the_mirror_and_its_key_are_the_machines_own(apt, place, text):
 
 
 def test_a_source_without_a_key_gets_none(apt):
-    (apt / "sources.list").write_text("deb http://mirror.example/debian oldstable main\n")
-    assert "URIs: http://mirror.example/debian\n" in backports(apt).stdout
+    (apt / "sources.list").write_text(f"deb {MIRROR} oldstable main\n")
+    assert f"URIs: {MIRROR}\n" in backports(apt).stdout
     assert "Signed-By" not in backports(apt).stdout
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "Types: deb\nURIs: http://m.example\nSuites: bookworm bookworm-backports\nComponents: main\n",
-        DEB822 + "\nTypes: deb\nURIs: http://m.example\nSuites: bookworm-backports\nComponents: main\n",
+        f"Types: deb\nURIs: {OTHER}\nSuites: bookworm bookworm-backports\nComponents: main\n",
+        DEB822 + f"\nTypes: deb\nURIs: {OTHER}\nSuites: bookworm-backports\nComponents: main\n",
     ],
 )
 def test_backports_that_are_there_are_left_alone(apt, text):
@@ -137,8 +138,5 @@ def test_after_a_yes_the_driver_comes_from_backports(machine, answer, more):
     environment, log = machine
     install(environment | more, answer)
     asked = log.read_text()
-    assert (
-        "tee /etc/apt/sources.list.d/bookworm-backports.sources\nTypes: deb\nURIs: http://mirror.example/debian"
-        in asked
-    )
+    assert f"tee /etc/apt/sources.list.d/bookworm-backports.sources\nTypes: deb\nURIs: {MIRROR}" in asked
     assert "apt-get update" in asked and "-t bookworm-backports mesa-vulkan-drivers" in asked
