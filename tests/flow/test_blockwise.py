@@ -52,6 +52,22 @@ def test_one_step_a_segment_needs_no_residual_and_equals_euler_on_the_borders():
     assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], plain)
 
 
+def test_parts_without_a_residual_network_take_their_features_full_or_hold():
+    class Plain:
+        borders, at, features, velocity = BORDERS, Parts.at, Parts.features, Parts.velocity
+
+        def __init__(self):
+            self.trunk_calls, self.seen = 0, []
+
+    x = torch.ones(2, 3)
+    for mode in ("full", "hold"):
+        made, wanted = (integrate_blockwise(p, x, borders=BORDERS, steps_per_segment=2, mode=mode)
+                        for p in (Plain(), Parts()))  # fmt: skip
+        assert torch.equal(made, wanted)
+    with pytest.raises(ValueError, match="Plain has no feature residual network; take features full or hold"):
+        integrate_blockwise(Plain(), x, borders=BORDERS, steps_per_segment=2, mode="residual")
+
+
 def test_residual_loss_vanishes_for_the_exact_residual_and_sends_no_gradient_to_the_trunk(draw):
     noise, data = torch.randn(2, 64, 3, generator=draw)
     assert feature_residual_loss(Parts(), noise, data, borders=BORDERS, generator=draw).item() < 1e-10

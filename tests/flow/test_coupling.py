@@ -75,8 +75,15 @@ def test_chosen_epsilon_is_flat_and_effective(batch):
 @pytest.mark.parametrize("kind", ["exact", "sinkhorn", "gibbs"])
 def test_a_condition_without_a_mode_is_refused_with_the_reason(kind, batch):
     coupling = Coupling(kind=kind, epsilon=None if kind == "exact" else 5.0)
-    with pytest.raises(BiasedCoupling, match=r"depend on the condition .*block"):
+    with pytest.raises(BiasedCoupling, match=r"depend on the condition .*'biased' accepts") as refused:
         coupling.pair(*batch, condition=torch.zeros(64, dtype=torch.long))
+    for mode in ("block", "c2ot", "biased"):  # what is suggested is what this kind takes
+        try:
+            Coupling(kind=kind, epsilon=coupling.epsilon, condition_mode=mode)
+        except ValueError:
+            assert repr(mode) not in str(refused.value)
+        else:
+            assert repr(mode) in str(refused.value)
     coupling.pair(*batch)
     biased = Coupling(kind=kind, epsilon=coupling.epsilon, condition_mode="biased")
     biased.pair(*batch, condition=torch.zeros(64, dtype=torch.long))

@@ -132,6 +132,15 @@ def test_too_few_steps_are_refused_everywhere():
     assert policy(1).sample(inputs, noise, SolverSettings(steps=1)).shape == noise.shape
 
 
+def test_held_features_cannot_be_continued():
+    noise, prefix = torch.randn(2, 4, 3), torch.zeros(2, 2, 3)
+    with pytest.raises(ValueError, match="cannot be continued with held features"):
+        sample_after(policy(3, features="hold"), some_inputs(), noise, SolverSettings(steps=3), prefix=prefix, delay=1)
+    model, nothing = policy(3), torch.zeros(2, 0, 3)
+    free = sample_after(model, some_inputs(), noise, SolverSettings(steps=3), prefix=nothing, delay=0)
+    torch.testing.assert_close(free, model.sample(some_inputs(), noise, SolverSettings(steps=3)), rtol=1e-4, atol=1e-5)
+
+
 def test_impossible_choices_are_refused():
     with pytest.raises(ValueError, match="segments must be at least 1"):
         ActionDecoderConfig(segments=0)

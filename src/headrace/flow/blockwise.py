@@ -5,7 +5,7 @@ Source: Blockwise Flow Matching, arXiv 2510.21167; mlvlab/Blockwise-Flow-Matchin
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -30,11 +30,15 @@ class BlockwiseParts(Protocol):
     def features(self, x: Tensor, moment: Any) -> Tensor:
         """The expensive part: features at a state, any shape with leading B."""
 
-    def residual(self, x: Tensor, moment: Any) -> Tensor:
-        """The cheap part: approximate change of the features since the segment's start, at the segment's end."""
-
     def velocity(self, x: Tensor, moment: Any, features: Tensor, segment: int) -> Tensor:
         """Velocity by the stack of one segment, shape of `x`."""
+
+
+class ResidualParts(BlockwiseParts, Protocol):
+    """Parts that have the second stage's network too, which the mode `residual` needs."""
+
+    def residual(self, x: Tensor, moment: Any) -> Tensor:
+        """The cheap part: approximate change of the features since the segment's start, at the segment's end."""
 
 
 def split_grid(grid: Sequence[float], borders: Sequence[float]) -> list[tuple[float, ...]]:
@@ -107,13 +111,15 @@ def integrate_blockwise(
     Raises:
         ValueError: An unknown mode, both or neither of step count and grid, a step count below 1, borders or a grid
             that do not rise, borders that are not the network's, a segment without a step, or mode `residual` on a
-            grid that misses a border.
+            grid that misses a border or with parts that have no residual network.
         NonFiniteVelocity: The velocity was NaN or infinite; the step counts over all segments.
     """
     if mode not in ("full", "residual", "hold"):
         raise ValueError(f"unknown mode {mode!r} (known: full, residual, hold)")
     if (steps_per_segment is None) == (grid is None):
         raise ValueError("give either steps_per_segment or grid")
+    if mode == "residual" and not hasattr(parts, "residual"):
+        raise ValueError(f"{type(parts).__name__} has no feature residual network; take features full or hold")
     edges = _check_borders(parts, borders)
     times = equal_steps(edges, steps_per_segment) if steps_per_segment is not None else tuple(grid or ())
     velocities: list[Velocity] = []
@@ -150,7 +156,7 @@ def _segment_velocities(
             features = parts.features(state, moment)
         elif mode == "residual":
             share = expand_time((t - start) / (end - start), kept["first"]).to(kept["first"])
-            features = kept["first"] + share * parts.residual(state, moment)
+            features = kept["first"] + share * cast(ResidualParts, parts).residual(state, moment)
         else:
             features = kept["first"]
         return parts.velocity(state, moment, features, segment)
@@ -203,7 +209,7 @@ def sample_blockwise(
 
 
 def feature_residual_loss(
-    parts: BlockwiseParts,
+    parts: ResidualParts,
     noise: Tensor,
     data: Tensor,
     *,

@@ -209,6 +209,16 @@ def condition_weight(cost: Tensor, condition_distance: Tensor, *, target: float 
     return high
 
 
+MODES: dict[str, tuple[str, ...]] = {
+    "independent": (), "exact": ("block", "c2ot", "biased"), "sinkhorn": ("block", "biased"), "gibbs": ("biased",),
+}  # fmt: skip
+MEANING = {
+    "block": "'block' pairs within each label",
+    "c2ot": "'c2ot' weighs the distance of condition vectors",
+    "biased": "'biased' accepts the shift",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Coupling:
     """A choice of pairs for training, checked once.
@@ -236,8 +246,7 @@ class Coupling:
             raise ValueError(f"unknown coupling {self.kind!r} (known: independent, exact, sinkhorn, gibbs)")
         if (self.kind in ("sinkhorn", "gibbs")) != (self.epsilon is not None):
             raise ValueError(f"epsilon belongs to sinkhorn and gibbs couplings, got {self.epsilon} for {self.kind}")
-        allowed = {"independent": (), "exact": ("block", "c2ot", "biased"), "sinkhorn": ("block", "biased"),
-                   "gibbs": ("biased",)}[self.kind]  # fmt: skip
+        allowed = MODES[self.kind]
         if self.condition_mode is not None and self.condition_mode not in allowed:
             raise ValueError(
                 f"coupling {self.kind!r} has no condition mode {self.condition_mode!r} "
@@ -253,9 +262,8 @@ class Coupling:
         if self.kind != "independent" and self.condition_mode is None:
             raise BiasedCoupling(
                 f"coupling {self.kind!r} on a conditional model makes the noise depend on the condition in "
-                "training but not in sampling, which shifts what is sampled. Use condition_mode='block' (labels) or "
-                "'c2ot' (vectors), keep the independent coupling and straighten with BOSS, or accept the shift with "
-                "condition_mode='biased'"
+                "training but not in sampling, which shifts what is sampled. Keep the independent coupling and "
+                f"straighten with BOSS, or choose a condition_mode: {'; '.join(MEANING[m] for m in MODES[self.kind])}"
             )
 
     def pair(

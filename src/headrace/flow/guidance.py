@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headrace.flow.blockwise import BlockwiseParts
+from headrace.flow.blockwise import ResidualParts
 from headrace.flow.path import expand_time
 from headrace.flow.solver import Method, Velocity, integrate_each, resolve_grid
 
@@ -70,8 +70,8 @@ class GuidedParts(NamedTuple):
         scale: As for `guided`.
     """
 
-    conditional: BlockwiseParts
-    unconditional: BlockwiseParts
+    conditional: ResidualParts
+    unconditional: ResidualParts
     scale: float
 
     @property

@@ -183,10 +183,6 @@ class BoundActions:
         """Hidden states, shape (B, H, D), at noisy actions and times."""
         return self.read(self.decoder.embed(x, moment))
 
-    def residual(self, x: Tensor, moment: Tensor) -> Tensor:
-        """There is no feature residual network here."""
-        raise NotImplementedError("action decoders have no feature residual network; sample with features full or hold")
-
     def velocity(self, x: Tensor, moment: Tensor, features: Tensor, segment: int) -> Tensor:
         """Velocities in float32, shape (B, H, A), by one segment's stack."""
         stacks = self.decoder.stacks
