@@ -18,9 +18,12 @@ import numpy as np
 import tyro
 
 from headrace.contracts import ActionChunk, ActionSpec
-from headrace.sim.rollout import EPISODES_FILE, RolloutSettings, roll_out
+from headrace.sim.rollout import EPISODES_FILE, START_UP, RolloutSettings, roll_out
 from headrace.sim.run_folder import read_episodes
 from headrace.sim.tasks import Task, find_task, make_environment
+from headrace.sim.workers import Simulators
+
+WARM_UP_SEED = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,11 @@ class Still:
     def __init__(self, spec: ActionSpec) -> None:
         self.spec = spec
         self.chunk = np.zeros((7, spec.dim), np.float32)
-        self.started: dict[int, float] = {}  # seed to the time of day when its episode began [s]
+        self.started = 0.0  # time of day when the first episode began [s]
 
     def reset(self, slot: int, *, seed: int) -> None:
-        """Notes when the episode begins."""
-        self.started[seed] = time.time()
+        """Notes when the first episode begins."""
+        self.started = self.started or time.time()
 
     def act(self, observations, slots) -> ActionChunk:
         """Zeros."""
@@ -73,20 +76,20 @@ def bare_worker(task: Task, episodes: int, queue) -> None:
 def runner(task: Task, episodes: int, processes: int, spec: ActionSpec, *, every: bool = True) -> float:
     """Steps per second of the runner, without start-up; `every` step drawn, or what the policy sees.
 
-    The time is that on the clock from the first counted episode's start to the last row on the disk, with the videos'
-    encoding and whatever else lies between episodes.
+    The simulators are built and have drawn before. The time is that on the clock from the first episode's start to the
+    last row on the disk, with the videos' encoding and whatever else lies between episodes.
     """
-    policy = Still(spec)
+    policy, simulators = Still(spec), Simulators()
+    for worker in simulators.assign(task, "at_end", processes):
+        worker.call("start", WARM_UP_SEED, timeout=START_UP)
     with tempfile.TemporaryDirectory() as folder:
         chosen = RolloutSettings(
-            episodes=episodes + processes, num_envs=processes, success_rule="at_end", videos=10**6 if every else 0
+            episodes=episodes, num_envs=processes, success_rule="at_end", videos=10**6 if every else 0
         )
-        roll_out([task], policy, chosen, Path(folder), policy_name="still")
+        roll_out([task], policy, chosen, Path(folder), policy_name="still", simulators=simulators)
         written = Path(folder) / EPISODES_FILE
         rows, ended = read_episodes(written), written.stat().st_mtime
-    # The first episode of each process warms the renderer up.
-    counted = [row for row in rows if row["episode"] >= processes]
-    return sum(row["steps"] for row in counted) / (ended - min(policy.started[row["seed"]] for row in counted))
+    return sum(row["steps"] for row in rows) / (ended - policy.started)
 
 
 def main(settings: Settings) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import tyro
 
 from headrace.cli.main import EXIT_USAGE, main
-from headrace.sim.run_folder import claim
+from headrace.sim.run_folder import LOCK_FILE, claim
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "runs" / "demo"
@@ -24,7 +24,7 @@ def empty(folder: Path) -> None:
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != ".lock":
+            elif path.name != LOCK_FILE:
                 path.unlink()
 
 

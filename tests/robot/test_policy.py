@@ -62,7 +62,7 @@ def test_more_actions_than_a_chunk_has_are_refused(folder):
     given = {"solver": "euler", "steps": None, "grid": None, "ensemble": False, "precision": "fp32"}
     horizon = load_policy(str(folder)).horizon
     assert make_policy(str(folder), [], settings_of(execute=horizon, **given)).execute == horizon
-    with pytest.raises(ValueError, match=f"--execute {horizon + 1} asks for more than the {horizon} actions"):
+    with pytest.raises(ValueError, match=f"execute {horizon + 1} asks for more than the {horizon} actions"):
         make_policy(str(folder), [], settings_of(execute=horizon + 1, **given))
 
 

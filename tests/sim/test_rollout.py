@@ -159,6 +159,14 @@ def test_a_policy_that_needs_to_see_something_else_is_refused(task, tmp_path, ne
     assert not policy.batches and not read_episodes(tmp_path / "out" / "episodes.jsonl")
 
 
+def test_a_policy_that_looks_back_too_far_is_refused(task, tmp_path):
+    policy = Looker()
+    policy.look_back = 65
+    with pytest.raises(ValueError, match="may look back 64 steps, this one wants 65"):
+        run(task, policy, tmp_path / "out")
+    assert policy.batches == []
+
+
 def test_a_state_of_other_names_is_warned_of(task, tmp_path, caplog):
     policy = Pusher()
     policy.needs = Needs(cameras=("eye",), picture_size=(16, 16), state_names=("tcp",))

@@ -168,6 +168,11 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
         raise ValueError("the server samples: give --steps to `headrace serve`, not to this command")
     if asked and name in ("random", "oracle"):
         raise ValueError(f"{name!r} follows no flow: leave out --solver, --steps, --grid and --tolerance")
+    here = [key for key in ("execute", "ensemble") if key in chosen] + ["precision"] * (chosen["precision"] != "fp32")
+    if here and (name in ("random", "oracle") or name.startswith(("ws://", "wss://"))):
+        flags = ", ".join(f"--{key}" for key in here)
+        served = "; give them to `headrace serve`" if "://" in name else ""
+        raise ValueError(f"{flags} say how a checkpoint is run here, and {name!r} is none{served}")
     if name == "oracle":
         without = [task.name for task in tasks if not task.expert]
         if without:
@@ -197,10 +202,7 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
     policy = load_policy(name, solver=solver, precision=chosen["precision"])
     if "ensemble" in chosen:
         return TemporalEnsemble(policy)
-    execute = chosen.get("execute", max(1, policy.horizon // 2))
-    if execute > policy.horizon:
-        raise ValueError(f"--execute {execute} asks for more than the {policy.horizon} actions of this policy's chunks")
-    return RecedingHorizon(policy, execute)
+    return RecedingHorizon(policy, chosen.get("execute", max(1, policy.horizon // 2)))
 
 
 def solver_of(name: str, chosen: dict[str, Any]) -> Any:

@@ -8,20 +8,10 @@ import numpy as np
 from headrace.contracts import ActionChunk, ActionSpec, Needs, Observation, Policy, look_back, needs_of
 
 
-class RecedingHorizon:
-    """Carries out the first `execute` actions of each chunk, then asks again.
+class Wrapped:
+    """What a policy around another one passes on unchanged."""
 
-    With `execute` equal to the horizon the whole chunk runs open-loop, as ViPRA's demo client does; the paper's notes
-    say 7 of 14.
-
-    Raises:
-        ValueError: `execute` is below 1.
-    """
-
-    def __init__(self, policy: Policy, execute: int) -> None:
-        if execute < 1:
-            raise ValueError(f"execute must be at least 1, got {execute}")
-        self.policy, self.execute = policy, execute
+    policy: Policy
 
     @property
     def spec(self) -> ActionSpec:
@@ -37,6 +27,25 @@ class RecedingHorizon:
     def needs(self) -> Needs:
         """As the wrapped policy's."""
         return needs_of(self.policy)
+
+
+class RecedingHorizon(Wrapped):
+    """Carries out the first `execute` actions of each chunk, then asks again.
+
+    With `execute` equal to the horizon the whole chunk runs open-loop, as ViPRA's demo client does; the paper's notes
+    say 7 of 14.
+
+    Raises:
+        ValueError: `execute` is below 1, or above the length of the policy's chunks where it tells that (`horizon`).
+    """
+
+    def __init__(self, policy: Policy, execute: int) -> None:
+        if execute < 1:
+            raise ValueError(f"execute must be at least 1, got {execute}")
+        horizon = getattr(policy, "horizon", execute)
+        if execute > horizon:
+            raise ValueError(f"execute {execute} asks for more than the {horizon} actions of this policy's chunks")
+        self.policy, self.execute = policy, execute
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode."""
@@ -54,7 +63,7 @@ class RecedingHorizon:
         return chunk._replace(actions=chunk.actions[:, : self.execute])
 
 
-class TemporalEnsemble:
+class TemporalEnsemble(Wrapped):
     """Asks at every step and averages what past chunks said about it, weights exp(-decay * i), i = 0 the oldest.
 
     Source: Zhao et al. 2023 (ACT), arXiv 2304.13705, sec. IV; `decay` 0.01 is theirs, 0 is a plain mean.
@@ -64,21 +73,6 @@ class TemporalEnsemble:
         self.policy, self.decay = policy, decay
         self._chunks: dict[int, list[tuple[int, np.ndarray]]] = defaultdict(list)
         self._step: dict[int, int] = defaultdict(int)
-
-    @property
-    def spec(self) -> ActionSpec:
-        """The wrapped policy's action convention."""
-        return self.policy.spec
-
-    @property
-    def look_back(self) -> int:
-        """As the wrapped policy's."""
-        return look_back(self.policy)
-
-    @property
-    def needs(self) -> Needs:
-        """As the wrapped policy's."""
-        return needs_of(self.policy)
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: earlier chunks are forgotten."""

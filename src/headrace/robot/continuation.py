@@ -93,9 +93,12 @@ def sample_after(
         limit: Largest factor of the correction.
 
     Raises:
-        ValueError: The solver leaves out a time segment of the decoder.
+        ValueError: The solver leaves out a time segment of the decoder, or the decoder holds its features, which the
+            correction's gradient would have to go around.
     """
     model.decoder.require(solver)
+    if model.decoder.config.features == "hold":
+        raise ValueError("a chunk cannot be continued with held features; load the policy with features='full'")
     with torch.no_grad():
         seen = model.compute_prefix(inputs)
         wanted = model.normalize_action(prefix.to(noise))

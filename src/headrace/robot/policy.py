@@ -120,16 +120,42 @@ class ObservationHistory:
         return observation.state.astype(np.float32)[: len(names)]
 
 
-def _place(model: VipraActor, device: str | None, precision: str) -> torch.device:
-    """Move a network to where it runs, in eval mode."""
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.to(chosen).eval()
-    return chosen
+class NetworkPolicy:
+    """What every policy that is a network shares: where it runs, its action convention and what it sees.
+
+    Args:
+        model: The network; put into eval mode.
+        device: Where it runs; a GPU if there is one.
+        precision: `bf16` runs the transformer and the picture encoder under autocast.
+
+    Raises:
+        ValueError: Unknown precision.
+    """
+
+    def __init__(self, model: VipraActor, *, device: str | None, precision: str) -> None:
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.precision = precision
+        model.to(self.device).eval()
+        self.spec: ActionSpec = model.config.action_spec
+        self._history = ObservationHistory(model)
+
+    @property
+    def look_back(self) -> int:
+        """Control steps before the present that the network sees."""
+        return self._history.look_back
+
+    @property
+    def needs(self) -> Needs:
+        """Cameras and state of the checkpoint."""
+        return self._history.needs
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-class FlowPolicy:
+class FlowPolicy(NetworkPolicy):
     """A `VipraPolicy` network that acts: it keeps each slot's history of frames and its own noise.
 
     Args:
@@ -150,28 +176,16 @@ class FlowPolicy:
         device: str | None = None,
         precision: str = "fp32",
     ) -> None:
-        self.device = _place(model, device, precision)
-        self.model, self.precision = model, precision
+        super().__init__(model, device=device, precision=precision)
+        self.model = model
         self.solver = solver or SolverSettings(method="euler", steps=10)
         model.decoder.require(self.solver)
-        self.spec: ActionSpec = model.config.action_spec
-        self._history = ObservationHistory(model)
         self._generators: dict[int, torch.Generator] = {}
 
     @property
     def horizon(self) -> int:
         """Actions per chunk."""
         return self.model.config.decoder.horizon
-
-    @property
-    def look_back(self) -> int:
-        """Control steps before the present that the network sees."""
-        return self._history.look_back
-
-    @property
-    def needs(self) -> Needs:
-        """Cameras and state of the checkpoint."""
-        return self._history.needs
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode: no history, noise from `seed`."""
@@ -211,13 +225,13 @@ class FlowPolicy:
         noise = torch.stack(
             [torch.randn(decoder.horizon, decoder.action_dim, generator=self._generators[slot]) for slot in slots]
         ).to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast():
             actions = sample(inputs, noise)
         raw = actions.float().cpu().numpy()
         return ActionChunk(settle(raw, self.spec), (time.perf_counter() - started) * 1e3)
 
 
-class BinsPolicy:
+class BinsPolicy(NetworkPolicy):
     """A `VipraBins` network that acts, taking the most likely bin of every number.
 
     Args:
@@ -226,25 +240,13 @@ class BinsPolicy:
     """
 
     def __init__(self, model: VipraBins, *, device: str | None = None, precision: str = "fp32") -> None:
-        self.device = _place(model, device, precision)
-        self.model, self.precision = model, precision
-        self.spec: ActionSpec = model.config.action_spec
-        self._history = ObservationHistory(model)
+        super().__init__(model, device=device, precision=precision)
+        self.model = model
 
     @property
     def horizon(self) -> int:
         """Actions per chunk."""
         return self.model.config.horizon
-
-    @property
-    def look_back(self) -> int:
-        """Control steps before the present that the network sees."""
-        return self._history.look_back
-
-    @property
-    def needs(self) -> Needs:
-        """Cameras and state of the checkpoint."""
-        return self._history.needs
 
     def reset(self, slot: int, *, seed: int) -> None:
         """Start an episode; nothing is drawn, so the seed changes nothing."""
@@ -254,7 +256,7 @@ class BinsPolicy:
         """Action chunks as in `FlowPolicy.act`."""
         started = time.perf_counter()
         inputs = self._history.inputs(observations, slots)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast():
             raw = self.model.sample(inputs).float().cpu().numpy()
         return ActionChunk(settle(raw, self.spec), (time.perf_counter() - started) * 1e3)
 

@@ -69,13 +69,13 @@ def trunk_config(
 def _image(
     size: str, width: int, camera_size: int, encoder: VisualEncoderConfig | None
 ) -> ImageTokensConfig | FrameCodesConfig:
-    side = {"tiny": 64, "small": 128}.get(size, camera_size)
     if encoder is not None:
+        side = camera_size if size == "published" else image_size(size)
         return FrameCodesConfig(encoder=encoder, size=side, width=width, reserved=256 if size == "published" else 2)
     if size == "published":
-        return ImageTokensConfig(size=224, width=width)
+        return ImageTokensConfig(size=image_size(size), width=width)
     if size == "small":
-        return ImageTokensConfig(backbone="resnet10t", size=128, width=width, stage=3, keypoints=32)
+        return ImageTokensConfig(backbone="resnet10t", size=image_size(size), width=width, stage=3, keypoints=32)
     return ImageTokensConfig.tiny(width=width)
 
 

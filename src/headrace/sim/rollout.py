@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, look_back, needs_of, require_same_spec
-from headrace.sim.episode import Episode
+from headrace.sim.episode import LONGEST_LOOK_BACK, Episode
 from headrace.sim.results import hardware, summarise, total, versions
 from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, read_json, write_json
 from headrace.sim.success import SuccessRule
@@ -102,6 +102,8 @@ class Rollout:
             for row in self.episodes(waiting):
                 append_line(path, row)
                 rows.append(row)
+                if row["note"]:  # here, not where it is made: that may be a worker whose log nobody reads
+                    log.warning("%s, seed %d: %s", self.task.name, row["seed"], row["note"])
                 self.made += 1
                 bar.update()
                 bar.set_postfix_str(f"success {sum(r['success'] for r in rows)}/{len(rows)}")
@@ -121,6 +123,8 @@ class Rollout:
             yield from self._advance(busy, waiting)
 
     def _require_fit(self, policy: Policy) -> None:
+        if look_back(policy) > LONGEST_LOOK_BACK:
+            raise ValueError(f"a policy may look back {LONGEST_LOOK_BACK} steps, this one wants {look_back(policy)}")
         require_same_spec(policy.spec, ActionSpec.from_dict(self.described["spec"]))
         names = (tuple(self.described[key]) for key in ("cameras", "state_names"))
         if remark := needs_of(policy).require(*names):
@@ -212,8 +216,6 @@ class Rollout:
         """What `episodes.jsonl` keeps of an episode."""
         reading, video = episode.success, self._video(number, seed)
         written = video is not None and episode.note is None and Path(video).exists()
-        if episode.note:
-            log.warning("%s, seed %d: %s", self.task.name, seed, episode.note)
         return {
             "task": self.task.name,
             "episode": number,

@@ -9,6 +9,8 @@ from typing import Any
 
 RUN_FILE = "run.json"
 
+LOCK_FILE = ".lock"
+
 
 @contextmanager
 def claim(folder: Path) -> Iterator[None]:
@@ -20,7 +22,7 @@ def claim(folder: Path) -> Iterator[None]:
     import fcntl
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
+    with (folder / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
