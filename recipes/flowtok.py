@@ -258,6 +258,8 @@ def first_model(recipe: Recipe) -> FlowTok:
     for option, wanted, got in (("size", recipe.size, size_of(model)), ("image-size", recipe.image_size, side)):
         if wanted not in (None, got):
             raise SystemExit(f"--{option} {wanted}, but the model in {source} has {got}; leave --{option} out")
+    if recipe.clip_words:
+        raise SystemExit(f"--clip-words is for a new model; the one in {source} has its words; leave --clip-words out")
     return model
 
 
@@ -314,6 +316,8 @@ def trained_parts(stage: Stage, model: FlowTok) -> list[nn.Module]:
 def with_critic(recipe: Recipe, settings: Settings, model: FlowTok) -> ImageTokenizerTraining | None:
     """The image tokenizer beside its perceptual network and critic, or None where the recipe wants neither."""
     kind = recipe.perceptual
+    if recipe.vgg is not None and kind != "lpips":
+        raise SystemExit(f"--vgg is read by --perceptual lpips only, which is {kind} here")
     if kind == "auto":
         kind = "none" if size_of(model) == "tiny" else "efficientnet"
     if kind == "none":
@@ -325,12 +329,15 @@ def with_critic(recipe: Recipe, settings: Settings, model: FlowTok) -> ImageToke
     else:
         raise SystemExit("--perceptual lpips needs --vgg FILE")
     config = CriticConfig(start=settings.adversarial_start, kl=settings.divergence)
+    torch.manual_seed(recipe.seed)  # a model that was read has drawn nothing
     return ImageTokenizerTraining(model, perceptual=perceptual, critic=PatchCritic(), config=config)
 
 
 def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     """One stage in place, ending with the averaged weights; returns the mean total of the last tenth."""
     size_name = size_of(model)
+    if stage == "text-to-image":
+        model.step_grid = None  # it fitted the velocity from before
     settings = (TINY if size_name == "tiny" else PUBLISHED)[stage]
     steps = recipe.steps or settings.steps
     model.requires_grad_(False)

@@ -128,6 +128,8 @@ class Recipe:
             raise ValueError(f"--blockwise splits a batch over {SEGMENTS} segments, got --batch-size {self.batch_size}")
         if self.task != "free":
             self.pairing.require_mode()
+            if self.condition_mode == "block" and self.task != "label":
+                raise ValueError(f"--condition-mode block pairs within labels, and --task {self.task} has none")
         elif self.pairing.condition_mode is not None:
             raise ValueError("--condition-mode is for a task with a condition, not for --task free")
 
@@ -410,7 +412,7 @@ class LatentLoss:
         flow = flow_matching_loss(model.velocity_from(features, path.x_t, t, moment), path.target, pair_weight=weight)
         terms = {"total": flow}
         if weight is not None:
-            terms["effective_share"] = 1 / weight.square().mean()
+            terms["effective_share"] = torch.tensor(self.coupling.effective.mean)
         if "aligned" in batch:
             align = model.alignment_loss(features, batch["aligned"])
             terms |= {"total": flow + ALIGN_WEIGHT * align, "flow": flow, "align": align}

@@ -307,6 +307,8 @@ def generator(
         seed: Of weights, order and captions.
         resume: Go on with the run.
     """
+    if data != "shapes" and language_model is None:
+        raise ValueError("--data FOLDER needs --language-model: the tiny one knows the words of the shapes only")
     torch.manual_seed(seed)
     coder = load_tokenizer(tokenizer).requires_grad_(False)
     if not isinstance(coder, TokenFlow):

@@ -4,7 +4,7 @@ Source: arXiv 2510.10575; the authors released no training code, and optimizer s
 are our defaults. At published size give `--encoder internvit_300m` and a folder of pictures; `tiny` needs nothing: it
 first trains a small transformer to read 36 captions of rendered shapes, which then plays the pretrained encoder.
 
-    python recipes/uniflow.py --out runs/uniflow                       # tiny, about 10 minutes on 2 cores
+    python recipes/uniflow.py --out runs/uniflow                       # tiny, 14 minutes of one core
     python recipes/uniflow.py --out runs/again --teacher runs/uniflow/teacher --weighting last
     python recipes/uniflow.py --out runs/uniflow-l --encoder internvit_300m --pictures photos/
 """
@@ -337,7 +337,8 @@ def new_model(recipe: Recipe) -> UniFlow:
         model.encoder.load_state_dict(UniFlow.from_pretrained(recipe.teacher).encoder.state_dict())
     if recipe.pixel_start:
         pictures = ShapesAndPhotos(model.preprocessing, count=128, seed=recipe.seed)
-        start_bottleneck(model, pictures.batch(np.arange(len(pictures))))
+        told = start_bottleneck(model, pictures.batch(np.arange(len(pictures))), seed=recipe.seed)
+        print(json.dumps({"pixels_told_by_latents": round(told, 4)}), flush=True)
     return model
 
 

@@ -88,6 +88,18 @@ def test_solver_options_for_a_server_are_refused_instead_of_ignored():
         rollout.make_policy("ws://localhost:1", [], chosen)
 
 
+@pytest.mark.parametrize("name", ["ws://localhost:1", "random", "oracle"])
+@pytest.mark.parametrize("option", [{"execute": 3}, {"ensemble": True}, {"precision": "bf16"}])
+def test_options_of_a_checkpoint_are_refused_where_none_is_run(name, option):
+    with pytest.raises(ValueError, match=f"--{next(iter(option))} say how a checkpoint is run here"):
+        rollout.make_policy(name, [], rollout.settings_of(**{**UNSET, **option}))
+
+
+def test_a_server_refuses_more_actions_than_a_chunk_has(checkpoint, monkeypatch):
+    with pytest.raises(ValueError, match="execute 99 asks for more than the"):
+        served(checkpoint, monkeypatch, execute=99)
+
+
 def test_rollout_reads_a_grid_from_a_list_a_file_or_a_model_folder(checkpoint, straightened, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(TUNED.times))
     for given in (tmp_path / "list.json", straightened, straightened / "step_grid.json"):

@@ -127,10 +127,21 @@ def test_lookup_heads_ask_for_the_box_of_each_letter_and_its_arrows_with_the_fir
     heads = LookupHeads(8)
     letters = torch.tensor([[0, -1, 1, 2, 25, 0]])
     block = torch.tensor([[0, 0, 0, 1, 1, -1]])
-    told = []
-    heads.known.register_forward_hook(lambda module, args, result: torch.full_like(result, -20.0).requires_grad_())
-    heads.pair.register_forward_hook(lambda module, args, result: told.append(1) or result * 0)
-    losses = heads.losses(torch.randn(1, 6, 8), torch.randn(1, 6, 8), letters, block, facts)
-    # A, B and C are asked, with 2, 1 and 1 neighbours that -20 denies; Z is no box, the last A is padding
-    assert losses["known"].item() == pytest.approx(20 * 4 / 3, rel=1e-4)
-    assert losses["pair"].item() == pytest.approx(0.6931, rel=1e-3) and told  # B after A; C is its question's first
+    hidden = torch.randn(1, 6, 8)
+
+    def losses(known, pair):
+        answers = (heads.known.register_forward_hook(lambda module, args, result: known.expand_as(result)),
+                   heads.pair.register_forward_hook(lambda module, args, result: pair.expand_as(result)))  # fmt: skip
+        found = heads.losses(hidden, hidden, letters, block, facts)
+        for answer in answers:
+            answer.remove()
+        return found["known"].item(), found["pair"].item()
+
+    # A, B and C are asked, with 2, 1 and 1 neighbours that -20 denies; Z is no box, the last A is padding.
+    # Of pairs there is B after A, an arrow from A only; C is its question's first.
+    denied, right = losses(torch.full((52,), -20.0), torch.tensor([20.0, -20.0]))
+    assert denied == pytest.approx(20 * 4 / 3, rel=1e-4) and right == pytest.approx(0, abs=1e-6)
+    truth = torch.full((1, 6, 52), -20.0)
+    truth[0, 0, [1, 26 + 2]] = truth[0, 2, 26 + 0] = truth[0, 3, 0] = 20.0  # leads to, comes from, by place in the text
+    exact, wrong = losses(truth, torch.tensor([-20.0, 20.0]))
+    assert exact == pytest.approx(0, abs=1e-5) and wrong == pytest.approx(20, rel=1e-4)

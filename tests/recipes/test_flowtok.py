@@ -71,8 +71,7 @@ def test_the_critic_trains_beside_the_image_tokenizer(recipe, tmp_path, monkeypa
     tiny = recipe.TINY["image-tokenizer"]
     assert tiny.adversarial_start < tiny.steps
     monkeypatch.setitem(recipe.TINY, "image-tokenizer", dataclasses.replace(tiny, adversarial_start=2))
-    unread = tmp_path / "no.pth"  # the perceptual network is the one asked for, whatever files are at hand
-    settings = recipe.Recipe(out=tmp_path, steps=3, batch=4, pictures=36, perceptual="efficientnet", vgg=unread)
+    settings = recipe.Recipe(out=tmp_path, steps=3, batch=4, pictures=36, perceptual="efficientnet")
     model = recipe.new_model(settings)
     assert recipe.train_stage(settings, "image-tokenizer", model) > 0
     ((trained, before),) = critics
@@ -82,6 +81,8 @@ def test_the_critic_trains_beside_the_image_tokenizer(recipe, tmp_path, monkeypa
     assert recipe.with_critic(recipe.Recipe(out=tmp_path), tiny, model) is None
     with pytest.raises(SystemExit, match="--vgg"):
         recipe.with_critic(recipe.Recipe(out=tmp_path, perceptual="lpips"), tiny, model)
+    with pytest.raises(SystemExit, match="--vgg is read by --perceptual lpips only"):
+        recipe.with_critic(dataclasses.replace(settings, vgg=tmp_path / "vgg.pth"), tiny, model)
 
 
 def test_published_settings_cover_every_stage(recipe):

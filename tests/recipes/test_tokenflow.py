@@ -3,6 +3,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -67,10 +68,29 @@ def test_a_generator_starts_from_a_language_model_on_a_captioned_folder(recipe, 
         recipe.generator(**options)
     for name in "ab":
         (folder / f"{name}.txt").write_text("red square. bottom right.")
+    with pytest.raises(ValueError, match="needs --language-model"):
+        recipe.generator(**{**options, "language_model": None})
     recipe.generator(**options)  # two epochs of two pictures
     assert NextScaleGenerator.from_pretrained(tmp_path / "run" / "model").config.width == 32
     rate = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "0.0005" in json.dumps(rate) and '"clip": 0.5' in json.dumps(rate) and '"warmup": 5000' in json.dumps(rate)
+
+
+def test_captions_stay_with_their_pictures_from_visit_to_visit(recipe, tmp_path):
+    for name in ("red", "blue", "green"):
+        Image.new("RGB", (70, 90), name).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(name)
+    preprocessing = TokenFlow(TokenFlowConfig.tiny()).preprocessing
+    images, texts = recipe.CaptionedFolder(tmp_path, preprocessing).pairs(np.array([1, 2, 3, 8]))
+    assert texts == ["green", "red", "blue", "red"]
+    brightest = [("red", "green", "blue")[int(picture.mean((1, 2)).argmax())] for picture in images]
+    assert brightest == texts
+    shapes = recipe.RenderedShapes(preprocessing)
+    images, texts = shapes.pairs(np.array([5, 17, len(shapes) + 40]))
+    for picture, text in zip(images, texts, strict=True):
+        pixels = picture.flatten(1)
+        strongest = pixels[:, (pixels.max(0).values - pixels.min(0).values).argmax()]  # lies in the shape
+        assert ("red", "green", "blue")[int(strongest.argmax())] == text.split()[0]
 
 
 def test_the_published_recipe_asks_for_its_weights(recipe, tmp_path):

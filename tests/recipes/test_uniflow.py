@@ -59,6 +59,10 @@ def test_a_kept_teacher_starts_another_run(recipe, tmp_path):
     again = recipe.new_model(settings)
     assert again.config.weighting == "last"
     assert torch.equal(again.encoder.blocks[0].attn.qkv.weight, trained.encoder.blocks[0].attn.qkv.weight)
+    # two arms of a comparison begin alike, whether their teacher was trained just now or read
+    same = recipe.new_model(recipe.Recipe(out=tmp_path / "c", teacher=tmp_path / "teacher", weighting="last"))
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(same.state_dict()[name], weight), name
     with pytest.raises(SystemExit, match="--teacher is for the tiny"):
         recipe.main(recipe.Recipe(out=tmp_path, encoder="dinov2_l", pictures=tmp_path, teacher=tmp_path))
 

@@ -66,6 +66,8 @@ def test_a_saved_grid_is_followed_and_a_tuned_network_refuses_others(build, samp
     for options in ({"solver": OTHER}, {"steps": 2}):
         with pytest.raises(GridMismatch, match="straightened for 2 Euler steps"):
             sample(tuned, **options)
+    model.save_pretrained(tmp_path / "again")  # other weights in its place
+    assert type(model).from_pretrained(tmp_path / "again").step_grid is None
 
 
 @torch.no_grad()
@@ -73,6 +75,16 @@ def test_the_default_of_uniflow_is_its_power_grid():
     model = uniflow()
     asked = SolverSettings(grid=power_grid(3, 0.5))
     assert torch.equal(uniflow_pictures(model), uniflow_pictures(model, solver=asked))
+
+
+@torch.no_grad()
+def test_a_step_count_means_the_same_beside_a_grid_that_binds_nobody():
+    model = flowtok()
+    model.config = dataclasses.replace(model.config, legacy_grid=True)
+    before = model.generate(["red circle"], steps=4)
+    model.step_grid = StepGrid(times=TIMES)
+    assert torch.equal(model.generate(["red circle"], steps=4), before)
+    assert not torch.equal(model.generate(["red circle"], solver=SolverSettings(steps=4)), before)
 
 
 @torch.no_grad()

@@ -176,6 +176,10 @@ def test_a_generator_starts_from_a_language_model(tmp_path):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     language = LlamaForCausalLM(LlamaConfig(vocab_size=60, num_key_value_heads=2, **shape))
+    with torch.no_grad():
+        for name, weight in language.named_parameters():
+            if "norm" in name:
+                weight.add_(torch.rand_like(weight))  # a fresh Llama's norms are all ones
     language.save_pretrained(tmp_path)
     quantizer = MultiScaleConfig(scales=(1, 2, 3), dims=(16, 8), codes=100)
     config = NextScaleConfig.around(language.config, quantizer, end=(1, 2))
@@ -186,7 +190,8 @@ def test_a_generator_starts_from_a_language_model(tmp_path):
         assert 0.01 < own[name][60:160].std() < 0.03
     layer = "model.layers.1."
     assert torch.equal(own[f"{layer}self_attn.k_proj.0.weight"], given[f"{layer}self_attn.k_proj.weight"])
-    assert torch.equal(own[f"{layer}mlp.up_proj.weight"], given[f"{layer}mlp.up_proj.weight"])
+    for name in ("self_attn.q_proj.0", "input_layernorm", "post_attention_layernorm", "mlp.up_proj"):
+        assert torch.equal(own[f"{layer}{name}.weight"], given[f"{layer}{name.replace('.0', '')}.weight"]), name
     prompt, codes = model.pad([[5, 3]]), torch.zeros(1, 14, dtype=torch.int64)
     model.loss(prompt, codes, MultiScaleQuantizer(quantizer)).total.backward()
     # the ids of the end are trained as codes are

@@ -60,6 +60,10 @@ def evaluate(
 
     loaded = load_tokenizer(tokenizer).to(_device(device))
     flow = loaded if isinstance(loaded, UniFlow) else None
+    if noise_seed and flow is None:
+        raise ValueError(
+            f"--noise-seed is for decoders that integrate a flow (UniFlow); {type(loaded).__name__} draws no noise"
+        )
     if steps and flow is None:
         raise ValueError(f"--steps is for decoders that integrate a flow (UniFlow); {type(loaded).__name__} has none")
     model = loaded if compare_at is None else ComparedAt(loaded, size=compare_at)

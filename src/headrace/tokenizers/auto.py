@@ -81,7 +81,13 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
     """
     text = os.fspath(source)
     family, _, file = text.partition(":")
-    files = [file] if os.path.isfile(file) else file.split(",")
+    files = [file] if os.path.isfile(file) or family != "flowtok" else file.split(",")
+    if len(files) > 1:
+        absent = [path for path in files if not os.path.isfile(path)]
+        if absent:
+            raise FileNotFoundError(f"{text} names files that are not here: {', '.join(absent)}")
+        if len(files) != 2:
+            raise ValueError(f"FlowTok's release has two files, the tokenizer's and the flow's, got {len(files)}")
     if all(map(os.path.isfile, files)) or (family in RELEASE_FILES and "/" in file and not os.path.isdir(text)):
         if revision is not None:
             raise ValueError(f"{text} is read by its release's importer, which takes no revision")

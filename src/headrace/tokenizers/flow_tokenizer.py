@@ -1,10 +1,11 @@
 """A tokenizer that samples a flow, and the step grid that may have been saved with its weights."""
 
 import os
+from pathlib import Path
 from typing import Any, Self
 
 from headrace.flow.solver import SolverSettings
-from headrace.flow.step_grid import StepGrid, saved_grid, settings_on
+from headrace.flow.step_grid import GRID_FILE, StepGrid, saved_grid, settings_on
 from headrace.nn.pretrained import resolve_folder
 from headrace.tokenizers.base import Tokenizer
 
@@ -32,10 +33,12 @@ class FlowTokenizer(Tokenizer):
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """As `Pretrained.save_pretrained`, with the step grid beside the weights."""
+        """As `Pretrained.save_pretrained`, with the step grid beside the weights; another network's is removed."""
         super().save_pretrained(folder)
         if self.step_grid is not None:
             self.step_grid.save(folder)
+        else:
+            (Path(folder) / GRID_FILE).unlink(missing_ok=True)
 
     def settings(self, asked: SolverSettings | None, *, default: SolverSettings) -> SolverSettings:
         """How to sample: as asked, else on the grid saved with the weights, else by the default.

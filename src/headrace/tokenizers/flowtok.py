@@ -146,7 +146,9 @@ class FlowTok(FlowTokenizer):
         source = self._source(self.text_tokens(captions), seed)
         if self.step_grid is not None:
             asked = one_of(solver, None if steps is None else SolverSettings(steps=steps))
-            steps, solver = None, self.settings(asked, default=self.step_grid.settings)
+            chosen = self.settings(asked, default=self.step_grid.settings)
+            if chosen is not asked:  # a step count stays one: released weights read it in their own way
+                steps, solver = None, chosen
         return self._carry(self.to_image, source, steps, solver, guidance, interval)
 
     @torch.no_grad()

@@ -114,7 +114,7 @@ class TokenFlowTraining(nn.Module):
         """Terms of one step by name, unweighted, and `total`, their weighted sum with the critic's loss.
 
         Beside them `batch_usage`, the share of codes that this batch uses, and `usage_1`, ..., `usage_g`, the share
-        that each scale has used within the last 100 updates of this process.
+        that each scale has used within the last 100 updates, of several processes as the first one saw them.
 
         Args:
             images: Shape (B, 3, size, size) in [-1, 1].

@@ -15,7 +15,9 @@ from headrace.tokenizers.uniflow import Bottleneck, UniFlow
 
 
 @torch.no_grad()
-def start_bottleneck(model: UniFlow, images: Tensor, *, ridge: float = 1e-3, sharpen: float = 0.5) -> float:
+def start_bottleneck(
+    model: UniFlow, images: Tensor, *, ridge: float = 1e-3, sharpen: float = 0.5, seed: int = 0
+) -> float:
     """Set the bottleneck so that latents are the patches' principal components, as far as tokens tell them linearly.
 
     Both directions begin as exact linear maps: GELU(a) - GELU(-a) = a. Latents have a mean square of 1, and so has
@@ -26,6 +28,7 @@ def start_bottleneck(model: UniFlow, images: Tensor, *, ridge: float = 1e-3, sha
         images: Normalised training images (B, 3, H, W) with more patches in all than the encoder is wide.
         ridge: Share of the mean token variance that is added to each direction.
         sharpen: 0 keeps each component's deviation, 1 makes all equal.
+        seed: Of the basis in which latents become tokens again.
 
     Returns:
         Share of the pixels' variance that the latents tell linearly, up to 1.
@@ -53,7 +56,10 @@ def start_bottleneck(model: UniFlow, images: Tensor, *, ridge: float = 1e-3, sha
     scale = scale / scale.square().mean().sqrt()
     rows = (scale / deviation.clamp_min(1e-6))[:, None] * (components @ reading.T)
     _become_linear(model.to_latent, rows, -rows @ mean, torch.eye(channels))
-    basis = torch.linalg.qr(torch.randn(width, channels))[0] * (width / channels) ** 0.5
+    basis = (
+        torch.linalg.qr(torch.randn(width, channels, generator=torch.Generator().manual_seed(seed)))[0]
+        * (width / channels) ** 0.5
+    )
     _become_linear(model.from_latent, torch.eye(channels), torch.zeros(channels), basis)
     kept = (read @ components.T @ components - pixels).square().sum()
     return float(1 - kept / pixels.square().sum())
