@@ -1,4 +1,4 @@
-"""Train a vision-language model on generated flowcharts, from random weights, in under an hour of one CPU core.
+"""Train a vision-language model on generated flowcharts, from random weights, on one CPU core.
 
     headrace flowlearn generate --count 2400 --first 100000 --variant char --split train --out charts
     python recipes/flowchart_vlm.py --stage language --out run
