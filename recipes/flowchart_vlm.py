@@ -2,19 +2,23 @@
 
     headrace flowlearn generate --count 2400 --first 100000 --variant char --split train --out charts
     python recipes/flowchart_vlm.py --stage language --out run
+    python recipes/flowchart_vlm.py --stage stem --data charts --out run
     python recipes/flowchart_vlm.py --stage encoder --data charts --out run
     python recipes/flowchart_vlm.py --stage joint --data charts --out run
     headrace vqa run --task flowlearn/sim-char --data test --model run/model --prompts short-1 --out eval
 
 `language` teaches a small Llama to answer from rows that state facts about boxes (label, neighbours, counts, noisy);
-graphs are drawn at random, no picture is needed. `encoder` teaches a convolutional stem and a ViT to know those facts
-at each box's patch and to follow each arrow's line. Both can run side by side. `joint` puts a projector between them:
-its rows should state the facts that the picture shows, and the answers should be right. Pictures are cropped to their
-cells for most steps, so that no time goes into empty canvas. The heads and the table of facts are not saved.
+graphs are drawn at random, no picture is needed. `stem` teaches the convolutions in front of the ViT to read letters
+and to see which sides of a patch lines cross, on windows of four patches, which cost a twentieth of a chart. `encoder`
+teaches them and the ViT to know those facts at each box's patch and to follow each arrow's line. `language` can run
+beside these two. `joint` puts a projector between them: its rows should state the facts that the picture shows, and the
+answers should be right. Pictures are cropped to their cells for most steps, so that no time goes into empty canvas. The
+heads and the table of facts are not saved.
 """
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +29,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from headrace.datasets.flowlearn.drawn import LETTERS, DrawnChart, cells_of, letter_pictures, read_drawn, varied
+from headrace.datasets.flowlearn.drawn import LETTERS, DrawnChart, along, cells_of, letter_pictures, read_drawn, varied
 from headrace.datasets.flowlearn.generate import make_chart
 from headrace.datasets.flowlearn.prompts import PROMPT_SETS
 from headrace.datasets.flowlearn.targets import CONCEPTS, MOST_NODES, node_facts, patch_targets
@@ -40,7 +44,8 @@ from headrace.vlm.visual_encoder import VisualEncoderConfig
 
 PROMPTS = PROMPT_SETS["short-1"]
 TEMPLATE = PromptTemplate(before="", picture_before="", picture_after="\n", after="\n")
-Stage = Literal["language", "encoder", "joint"]
+WINDOW = 2  # patches on a side of what the stage `stem` sees
+Stage = Literal["language", "stem", "encoder", "joint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +200,75 @@ class ChartBatches:
         return rng.choices(nearest, k=self.recipe.batch_size)
 
 
+class WindowBatches:
+    """Windows at the boxes and lines of drawn charts, cut at any place; batch k depends on (seed, k)."""
+
+    def __init__(self, charts: ChartBatches) -> None:
+        self.charts = charts
+
+    def shard(self, rank: int, world: int) -> "WindowBatches":
+        """The part of each batch for one process."""
+        return WindowBatches(self.charts.shard(rank, world))
+
+    def at(self, step: int) -> dict[str, Tensor]:
+        """Pictures (T, S, S, 3) and, per patch, what `window_targets` says."""
+        source, recipe = self.charts, self.charts.recipe
+        rng = random.Random(seed_of(recipe.seed, 3, step))
+        side = WINDOW * source.patch
+        windows = []
+        for number in rng.choices(range(len(source.charts)), k=recipe.batch_size)[source.rank :: source.world]:
+            chart = varied(source.charts[number], source.letters, rng)
+            canvas = np.pad(chart.pixels, ((side, side), (side, side), (0, 0)), constant_values=128)
+            lines = [along(edge, source.patch / 8) for edge in chart.graph.edges]
+            middles = np.array([(n.box[0] + n.box[2], n.box[1] + n.box[3]) for n in chart.graph.nodes]) / 2
+            for x, y in [*middles, *(line[rng.randrange(len(line))] for line in lines)]:
+                left, top = int(x) - rng.randrange(side), int(y) - rng.randrange(side)
+                across, down = (min(max(v + side, 0), canvas.shape[a] - side) for v, a in ((left, 1), (top, 0)))
+                corner = np.array([across - side, down - side])
+                inside = [(middle - corner) // source.patch for middle in middles]
+                letters = [(cell, LETTERS.index(n.label)) for cell, n in zip(inside, chart.graph.nodes, strict=True)]
+                targets = window_targets(letters, [(line - corner) // source.patch for line in lines])
+                windows.append({"images": canvas[down : down + side, across : across + side], **targets})
+        return {name: torch.from_numpy(np.stack([w[name] for w in windows])) for name in windows[0]}
+
+
+def window_targets(letters: list[tuple[np.ndarray, int]], lines: list[np.ndarray]) -> dict[str, np.ndarray]:
+    """What each patch of a window should know.
+
+    Args:
+        letters: Cell (column, row) of each box's middle, and its letter; cells outside of the window count for nothing.
+        lines: Cells (P, 2) that each arrow passes, from its beginning to its head.
+
+    Returns:
+        `letter` int64 (N,), -100 where no box has its middle; `sides` float32 (N, 4), 1 where a line crosses the
+        patch's left, right, top or bottom side; `head` float32 (N,), 1 where an arrow ends.
+    """
+    letter, sides, head = (
+        np.full(WINDOW**2, -100),
+        np.zeros((WINDOW**2, 4), np.float32),
+        np.zeros(WINDOW**2, np.float32),
+    )
+
+    def number(cell: np.ndarray) -> int | None:
+        return int(cell[1]) * WINDOW + int(cell[0]) if ((cell >= 0) & (cell < WINDOW)).all() else None
+
+    for cell, index in letters:
+        if (here := number(cell)) is not None:
+            letter[here] = index
+    for line in lines:
+        for before, after in pairwise(line):
+            (x, y), axis = after - before, int(after[1] != before[1])
+            if abs(x) + abs(y) != 1:
+                continue
+            forward = 2 * axis + int(x + y > 0)
+            for cell, crossed in ((before, forward), (after, forward ^ 1)):
+                if (here := number(cell)) is not None:
+                    sides[here, crossed] = 1
+        if (here := number(line[-1])) is not None:
+            head[here] = 1
+    return {"letter": letter.astype(np.int64), "sides": sides, "head": head}
+
+
 class Training(nn.Module):
     """The model with what is there for training only."""
 
@@ -202,6 +276,7 @@ class Training(nn.Module):
         super().__init__()
         self.model = model
         self.heads = ChartHeads(model.encoder.width)
+        self.reader = nn.Linear(model.encoder.width, 6 + len(LETTERS))
         self.lookup = LookupHeads(model.language.config.hidden_size)
         self.concepts = nn.Linear(CONCEPTS, model.language.config.hidden_size)
         nn.init.normal_(self.concepts.weight, std=0.3)
@@ -226,6 +301,17 @@ class Training(nn.Module):
         stated = self.concepts(rows)
         stated = stated + 0.1 * torch.randn(stated.shape, generator=generator)
         return self._answers(stated, batch)
+
+    def stem_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Whether a box's middle lies in a patch, its letter, the sides that lines cross, and heads of arrows."""
+        told = self.reader(self.model.encoder.inner.patch_embed(_pixels(batch["images"]))).float()
+        letter, real, bce = batch["letter"], batch["letter"] >= 0, F.binary_cross_entropy_with_logits
+        centre = bce(told[..., 0], real.float())
+        sides, head = bce(told[..., 1:5], batch["sides"]), bce(told[..., 5], batch["head"])
+        reads = F.cross_entropy(told[real][:, 6:], letter[real])
+        right = (told[real][:, 6:].argmax(-1) == letter[real]).float().mean()
+        total = centre + reads + 2 * sides + head
+        return {"total": total, "centre": centre, "letter": reads, "sides": sides, "head": head, "letter_right": right}
 
     def encoder_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each patch should know."""
@@ -270,7 +356,7 @@ class Training(nn.Module):
         """
         vit = self.model.encoder.inner
         patch = self.model.config.encoder.stem.patch
-        x = vit.patch_embed(images.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        x = vit.patch_embed(_pixels(images))
         high, wide = images.shape[1] // patch, images.shape[2] // patch
         place = vit.pos_embed[0, 1:].unflatten(0, vit.patch_embed.grid_size)
         row = corner[:, :1] + torch.arange(high, device=corner.device)
@@ -314,6 +400,10 @@ class Training(nn.Module):
                 "token_right": right.mean(), **lookup}  # fmt: skip
 
 
+def _pixels(images: Tensor) -> Tensor:
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def _facts(batch: dict[str, Tensor]) -> Facts:
     return Facts(*(batch[name] for name in Facts._fields))
 
@@ -331,6 +421,7 @@ def _parameters(training: Training, stage: Stage) -> list[nn.Module]:
     model = training.model
     return {
         "language": [model.language, training.concepts, training.lookup],
+        "stem": [model.encoder.inner.patch_embed, training.reader],
         "encoder": [model.encoder, training.heads],
         "joint": [model.language, model.encoder, model.projector, training.heads, training.lookup],
     }[stage]
@@ -344,9 +435,9 @@ def _optimizer(training: Training, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98))
 
 
-def _take_over(training: Training, recipe: Recipe) -> None:
-    """Before `joint`: language and facts from one stage, encoder and heads from the other."""
-    for stage in ("language", "encoder"):
+def _take_over(training: Training, recipe: Recipe, *stages: Stage) -> None:
+    """What earlier stages taught."""
+    for stage in stages:
         file = recipe.out / stage / "weights.safetensors"
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there; run --stage {stage} first")
@@ -361,14 +452,20 @@ def main(recipe: Recipe) -> Path:
     torch.set_num_threads(recipe.threads)
     model = build(recipe)
     training = Training(model)
-    if recipe.stage == "joint":
-        _take_over(training, recipe)
+    before: dict[Stage, tuple[Stage, ...]] = {"encoder": ("stem",), "joint": ("language", "encoder")}
+    _take_over(training, recipe, *before.get(recipe.stage, ()))
     if recipe.stage == "language":
         batches: Any = GraphBatches(recipe, model.tokenizer)
     else:
         charts = [chart for folder in recipe.data for chart in read_drawn(folder, longest=recipe.size)]
         batches = ChartBatches([c for c in charts if len(c.graph.nodes) <= MOST_NODES], recipe, model.tokenizer)
-    loss = {"language": Training.language_loss, "encoder": Training.encoder_loss, "joint": Training.joint_loss}
+        batches = WindowBatches(batches) if recipe.stage == "stem" else batches
+    loss = {
+        "language": Training.language_loss,
+        "stem": Training.stem_loss,
+        "encoder": Training.encoder_loss,
+        "joint": Training.joint_loss,
+    }
     settings = {k: str(v) for k, v in recipe.__dict__.items() if k not in ("out", "resume", "threads")}
     folder = recipe.out / recipe.stage
     fit(

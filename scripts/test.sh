@@ -4,11 +4,14 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-first=(tests/robot tests/vlm tests/cli tests/parity tests/scripts tests/recipes)
-second=()
+first=(tests/robot tests/vlm tests/cli tests/parity tests/scripts)
+second=(tests/recipes/test_vipra_maniskill.py tests/recipes/test_demo.py)  # the longest of the recipes' tests
+for path in tests/recipes/test_*.py; do
+  case " ${second[*]} " in *" $path "*) ;; *) first+=("$path") ;; esac
+done
 for path in tests/test_*.py tests/*/; do
   path="${path%/}"
-  case " ${first[*]} tests/__pycache__ " in *" $path "*) ;; *) second+=("$path") ;; esac
+  case " ${first[*]} tests/recipes tests/__pycache__ " in *" $path "*) ;; *) second+=("$path") ;; esac
 done
 log="$(mktemp)"
 trap 'rm -f "$log"; kill $(jobs -p) 2>/dev/null' EXIT

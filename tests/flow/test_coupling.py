@@ -150,6 +150,18 @@ def test_weights_that_stay_uneven_are_warned_of_once(batch):
     assert abs(uneven.effective.mean - 0.2) < 0.01 < 0.3 < even.effective.mean
 
 
+def test_a_low_share_ends_a_run_when_it_stays_not_by_one_batch(batch):
+    low, high = 0.1, 10.0
+    for _ in range(40):  # the epsilon at which this batch has an effective share of 0.1
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if kernel_report(*batch, epsilon=middle).effective_share < 0.1 else (low, middle)
+    coupling = Coupling(kind="gibbs", epsilon=high)
+    for _ in range(19):
+        coupling.pair(*batch)
+    with pytest.raises(ValueError, match=r"effective share of 0\.10 of each batch, below 0\.15"):
+        coupling.pair(*batch)
+
+
 def test_modes_that_do_not_fit_are_refused(batch):
     with pytest.raises(ValueError, match="no condition mode 'block'"):
         Coupling(kind="gibbs", epsilon=1.0, condition_mode="block")
@@ -164,7 +176,7 @@ def test_modes_that_do_not_fit_are_refused(batch):
         block.pair(*batch, condition=torch.randn(64, 3))
     with pytest.raises(ValueError, match="vectors"):
         Coupling(kind="exact", condition_mode="c2ot").pair(*batch, condition=torch.arange(64))
-    with pytest.raises(ValueError, match="effective share"):
+    with pytest.raises(ValueError, match=r"lets 1\.\d of 64 pairs of this batch count"):
         Coupling(kind="gibbs", epsilon=0.01).pair(*batch)
     for coupling in (Coupling(), block, Coupling(kind="gibbs", epsilon=5.0, condition_mode="biased")):
         with pytest.raises(ValueError, match=r"64 pairs need as many conditions, got shape \(63,\)"):

@@ -98,8 +98,38 @@ def test_canvas_of_a_few_cells_is_the_whole_one_where_it_lies(script, recipe):
     assert torch.allclose(torch.cat([cls[:, None], rows], dim=1), own, atol=1e-5)
 
 
-def test_three_stages_give_a_model_that_the_runner_scores(script, recipe, charts):
-    for stage in ("language", "encoder"):
+def test_windows_hold_the_letter_that_they_name(script, recipe, charts):
+    """The box's middle lies in the patch that is told its letter, wherever the window was cut."""
+    drawn = [chart._replace(pixels=chart.pixels.copy()) for chart in script.read_drawn(charts, longest=512)]
+    for number, chart in enumerate(drawn):  # paint each box's middle in a colour that says its letter
+        for node in chart.graph.nodes:
+            x, y = (int((node.box[i] + node.box[i + 2]) / 2) for i in (0, 1))
+            chart.pixels[y, x] = (1, 2, script.LETTERS.index(node.label))
+        drawn[number] = chart
+    source = script.ChartBatches(drawn, replace(recipe, batch_size=4), None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "varied", lambda chart, letters, rng: chart)
+        batch = script.WindowBatches(source).at(3)
+    images, letter = batch["images"], batch["letter"]
+    assert images.shape[1:] == (64, 64, 3) and (letter >= 0).any() and batch["head"].any()
+    cells = images.reshape(-1, 2, 32, 2, 32, 3).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, 32 * 32, 3)
+    marked = (cells[..., 0] == 1) & (cells[..., 1] == 2)
+    assert torch.equal(marked.any(-1), letter >= 0)
+    for window, cell in (letter >= 0).nonzero().tolist():
+        assert (cells[window, cell][marked[window, cell]][:, 2] == letter[window, cell]).all()
+
+
+def test_a_patch_knows_the_sides_that_a_line_crosses_and_the_head(script):
+    line = script.np.array([[-1, 0], [0, 0], [0, 0], [1, 0], [1, 1]])  # from the left, over the top, down to the corner
+    told = script.window_targets([(script.np.array([1, 1]), 4), (script.np.array([2, 0]), 5)], [line])
+    assert told["letter"].tolist() == [-100, -100, -100, 4] and told["head"].tolist() == [0, 0, 0, 1]
+    left, right, top, bottom = told["sides"].T
+    assert left.tolist() == [1, 1, 0, 0] and right.tolist() == [1, 0, 0, 0]
+    assert top.tolist() == [0, 0, 0, 1] and bottom.tolist() == [0, 1, 0, 0]
+
+
+def test_stages_give_a_model_that_the_runner_scores(script, recipe, charts):
+    for stage in ("language", "stem", "encoder"):
         assert script.main(replace(recipe, stage=stage)) == recipe.out / stage
     before = (recipe.out / "language" / "weights.safetensors").stat().st_size
     assert before > 0

@@ -19,8 +19,10 @@ Kind = Literal["independent", "exact", "sinkhorn", "gibbs"]
 ConditionMode = Literal["block", "c2ot", "biased"]
 Cost = Literal["distance", "squared"]
 LEAST_EFFECTIVE_SHARE = 0.3
-# One batch's share scatters around its mean, and a run must not end by chance, so a batch is refused only below this.
-LEAST_SHARE_OF_A_BATCH = 0.15
+# One batch's share scatters around its mean, and a run must not end by chance: the mean is refused below the first, a
+# single batch only where fewer pairs than the second count.
+REFUSED_EFFECTIVE_SHARE = 0.15
+LEAST_EFFECTIVE_PAIRS = 2.0
 SHARES_AVERAGED = 20
 
 
@@ -29,7 +31,8 @@ class LowEffectiveShare(UserWarning):
 
 
 class EffectiveShare:
-    """The effective share of W-CFM's weights over the last batches (about 20); warns once when it stays low.
+    """The effective share of W-CFM's weights over the last batches (about 20); warns once when it stays low, refuses
+    when it is hopeless.
 
     Attributes:
         mean: Running mean of the effective sample size over the batch size, in (0, 1]; nan before the first batch.
@@ -44,10 +47,18 @@ class EffectiveShare:
 
         Warns:
             LowEffectiveShare: The mean is below 0.3 after 20 batches or more; once.
+
+        Raises:
+            ValueError: The mean is below 0.15 after 20 batches or more.
         """
         self.batches += 1
         before = share if self.batches == 1 else self.mean
         self.mean = before + (share - before) / min(self.batches, SHARES_AVERAGED)
+        if self.batches >= SHARES_AVERAGED and self.mean < REFUSED_EFFECTIVE_SHARE:
+            raise ValueError(
+                f"epsilon={epsilon} leaves an effective share of {self.mean:.2f} of each batch, below "
+                f"{REFUSED_EFFECTIVE_SHARE}: a few pairs decide everything. Raise epsilon (see choose_epsilon)"
+            )
         if self.batches >= SHARES_AVERAGED and self.mean < LEAST_EFFECTIVE_SHARE and not self.warned:
             self.warned = True
             warnings.warn(
@@ -316,10 +327,10 @@ class Coupling:
     def _gibbs(self, noise: Tensor, data: Tensor) -> Tensor:
         weight = gibbs_weights(noise, data, epsilon=self.epsilon or 0.0)
         share = 1.0 / weight.square().mean().item()
-        if share < LEAST_SHARE_OF_A_BATCH:
+        if share * len(weight) < LEAST_EFFECTIVE_PAIRS:
             raise ValueError(
-                f"epsilon={self.epsilon} leaves an effective share of {share:.2f} of the batch, below "
-                f"{LEAST_SHARE_OF_A_BATCH}: a few pairs decide everything. Raise epsilon (see choose_epsilon)"
+                f"epsilon={self.epsilon} lets {share * len(weight):.1f} of {len(weight)} pairs of this batch count, "
+                f"fewer than {LEAST_EFFECTIVE_PAIRS:g}. Raise epsilon (see choose_epsilon)"
             )
         self.effective.add(share, self.epsilon or 0.0)
         return weight
