@@ -18,7 +18,6 @@ heads and the table of facts are not saved.
 
 import random
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +55,7 @@ class Recipe:
         stage: Which part, see above.
         out: Run folder; each stage has a folder in it, the finished model is `out/model`.
         data: Generated folders of the `char` variant; `language` needs none.
+        start: `weights.safetensors` of an earlier run of this stage, to train on from it in place of random weights.
         size: Side of the canvas [px].
         stem, stem_blocks: Convolutions before the ViT; 2 ** stages is its patch.
         full_share: Share of steps on the whole canvas; the others take the smallest one that holds the batch.
@@ -66,6 +66,7 @@ class Recipe:
     stage: Stage
     out: Path
     data: tuple[Path, ...] = ()
+    start: Path | None = None
     size: int = 512
     stem: tuple[int, ...] = (24, 32, 48, 96, 192)
     stem_blocks: tuple[int, ...] = (0, 0, 1, 1, 0)
@@ -256,14 +257,13 @@ def window_targets(letters: list[tuple[np.ndarray, int]], lines: list[np.ndarray
         if (here := number(cell)) is not None:
             letter[here] = index
     for line in lines:
-        for before, after in pairwise(line):
-            (x, y), axis = after - before, int(after[1] != before[1])
-            if abs(x) + abs(y) != 1:
-                continue
-            forward = 2 * axis + int(x + y > 0)
-            for cell, crossed in ((before, forward), (after, forward ^ 1)):
+        step = np.diff(line, axis=0)
+        near = ((line >= -1) & (line <= WINDOW)).all(1)
+        for index in np.flatnonzero((abs(step).sum(1) == 1) & near[:-1]):
+            crossed = 2 * int(step[index, 1] != 0) + int(step[index].sum() > 0)
+            for cell, side in ((line[index], crossed), (line[index + 1], crossed ^ 1)):
                 if (here := number(cell)) is not None:
-                    sides[here, crossed] = 1
+                    sides[here, side] = 1
         if (here := number(line[-1])) is not None:
             head[here] = 1
     return {"letter": letter.astype(np.int64), "sides": sides, "head": head}
@@ -453,7 +453,10 @@ def main(recipe: Recipe) -> Path:
     model = build(recipe)
     training = Training(model)
     before: dict[Stage, tuple[Stage, ...]] = {"encoder": ("stem",), "joint": ("language", "encoder")}
-    _take_over(training, recipe, *before.get(recipe.stage, ()))
+    if recipe.start is not None:
+        load_model(training, recipe.start)
+    else:
+        _take_over(training, recipe, *before.get(recipe.stage, ()))
     if recipe.stage == "language":
         batches: Any = GraphBatches(recipe, model.tokenizer)
     else:
