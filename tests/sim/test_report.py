@@ -103,6 +103,15 @@ def test_page_says_what_the_files_say(results):
     assert text.count("<title>gripper</title>") == 6 and "state 8" in text
 
 
+def test_episodes_stand_in_order_however_they_ended(results):
+    path = results / "episodes.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows[::-1]) + "\n")
+    page = write_report(results).read_text()
+    titles = re.findall(r"<b>(\S+-v1) #(\d)</b>", page)
+    assert titles == [(task, str(k)) for task in TASKS for k in range(3)]
+
+
 def test_a_single_task_has_its_keys_at_the_top(results):
     data = json.loads((results / "results.json").read_text())
     single = {**data, **data["tasks"][0]}

@@ -35,6 +35,8 @@ def write_report(folder: Path, *, video_bytes: int = 40_000_000) -> Path:
     """
     results, rows = _read_json(folder / RESULTS), _read_rows(folder / EPISODES)
     tasks = results.get("tasks") or [results]
+    order = [str(task["task"]) for task in tasks]  # rows were written as episodes ended
+    rows = sorted(rows, key=lambda row: (order.index(row["task"]) if row["task"] in order else 0, row["episode"]))
     title = f"{results.get('policy', 'policy')}: {', '.join(str(task['task']) for task in tasks)}"
     template = Template(Path(__file__).with_name(REPORT).read_text())
     page = template.substitute(
