@@ -28,6 +28,9 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 300
     batch: int = 8
+    encoder_factor: float = (
+        0.05  # the encoder's learning rate as a share of the other's: small keeps it near the teacher
+    )
 
 
 def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
@@ -38,7 +41,7 @@ def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
         return json.loads(kept.read_text())
     chosen = ["--distill-weight", "0"] if weighting == "none" else ["--weighting", weighting]
     command = [sys.executable, str(RECIPE), "--out", str(folder), "--seed", str(seed), "--steps", str(options.steps)]
-    command += ["--batch", str(options.batch), *chosen]
+    command += ["--batch", str(options.batch), "--encoder-factor", str(options.encoder_factor), *chosen]
     if weighting != options.weightings[0]:
         command += ["--teacher", str(options.out / f"{options.weightings[0]}_{seed}" / "teacher")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -52,7 +55,7 @@ def main(options: Options) -> None:
     runs = {w: [run(options, w, seed) for seed in options.seeds] for w in options.weightings}
     table = {
         weighting: {
-            name: [round(statistics.mean(column), 4), round(statistics.pstdev(column), 4)]
+            name: [round(statistics.mean(column), 4), round(statistics.stdev(column) if len(column) > 1 else 0.0, 4)]
             for name in rows[0]
             for column in ([row[name] for row in rows],)
         }

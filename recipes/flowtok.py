@@ -15,6 +15,7 @@ the same code; the published data (DataComp and others, 10^9 pictures) is not to
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -276,12 +277,14 @@ class StageLoss:
         self, model: FlowTok | ImageTokenizerTraining, batch: Captioned | Coded, generator: torch.Generator
     ) -> dict[str, Tensor]:
         ids = self.ids.to(batch.label.device)[batch.label]
-        if isinstance(batch, Captioned):
+        if self.stage == "image-tokenizer":
+            assert isinstance(batch, Captioned)
             return self.image_tokenizer(model, batch.images, ids, generator)
         assert isinstance(model, FlowTok)
         if self.stage == "text-tokenizer":
             text = text_tokenizer_loss(model, ids, generator=generator)
             return {"total": text.total, "words": text.words, "kl": text.kl, "accuracy": text.accuracy}
+        assert isinstance(batch, Coded)
         noise = torch.randn(batch.mean.shape, generator=generator, device=batch.mean.device)
         tokens = Posterior(batch.mean, batch.logvar).sample(noise) * model.scale
         if self.stage == "image-to-text":
@@ -344,12 +347,22 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     parameters = [p for part in trained_parts(stage, model) for p in part.requires_grad_(True).parameters()]
     size = model.config.image.image_size
     pictures = pictures_of(recipe, size)
-    data = pictures if stage == "image-tokenizer" else CodedPictures(model.eval(), pictures)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    data = CodedPictures(model.eval(), pictures) if stage in ("text-to-image", "image-to-text") else pictures
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     warmup = min(settings.warmup, steps // 4)
     ids = model.captions.ids
     training = with_critic(recipe, settings, model) if stage == "image-tokenizer" else None
-    if training is not None:
-        parameters += list(training.critic.parameters())
+    networks = [parameters] if training is None else [parameters, list(training.critic.parameters())]
+    optimizer = torch.optim.AdamW(
+        [{"params": part} for part in networks], lr=settings.lr, betas=settings.betas, weight_decay=settings.decay
+    )
+
+    def clip_each(*_: object) -> None:  # the critic's gradient must not shorten the tokenizer's step
+        for part in networks:
+            nn.utils.clip_grad_norm_(part, settings.clip or math.inf)
+
+    optimizer.register_step_pre_hook(clip_each)
     fitted = fit(
         model if training is None else training,
         StageLoss(
@@ -359,7 +372,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
             uncaptioned=settings.uncaptioned,
             divergence=settings.divergence,
         ),
-        torch.optim.AdamW(parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.decay),
+        optimizer,
         batches(data, recipe.batch or settings.batch, seed=recipe.seed),
         steps=steps,
         out=recipe.out / stage,
@@ -368,7 +381,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
         schedule=Schedule(kind="cosine", warmup=warmup, steps=steps, floor=settings.floor)
         if settings.cosine
         else Schedule(warmup=warmup),
-        clip=settings.clip,
+        clip=None,  # by the optimizer's hook
         ema_decay=settings.ema,
         precision=recipe.precision,
         settings={"stage": stage, "size": size_name, "pictures": len(pictures), "source": recipe.source},
@@ -378,10 +391,11 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     assert fitted.ema is not None
     with fitted.ema.applied_to(model if training is None else training):
         averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict(averaged)
+    # A checkpoint holds the whole model: what later stages have trained must outlive a stage that is gone on with.
+    model.load_state_dict(averaged | {name: tensor.to(averaged[name]) for name, tensor in kept.items()})
     if stage == "image-tokenizer":
-        first = pictures.batch(torch.arange(min(256, len(pictures))).numpy())
-        model.eval().measure_scale(first.images.to(model.device))
+        spread = np.linspace(0, len(pictures) - 1, min(256, len(pictures))).astype(np.int64)  # of both sources
+        model.eval().measure_scale(pictures.batch(spread).images.to(model.device))
     model.save_pretrained(recipe.out / "model")
     tail = fitted.losses[-max(1, len(fitted.losses) // 10) :]
     return sum(tail) / max(1, len(tail))

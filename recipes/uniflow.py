@@ -58,6 +58,7 @@ class Recipe:
         steps: Updates.
         batch: Pictures per update.
         lr: Learning rate of the new modules; the encoder gets a quarter, the tiny one a twentieth.
+        encoder_factor: The encoder's learning rate as a share of `lr`, in place of the quarter or twentieth.
         pixel_start: Begin the tiny bottleneck as the best linear reading of the pixels, see `start_bottleneck`.
         weighting: Layer weighting of the distillation, `last` for plain feature distillation.
         distill_weight: Factor on it; 0 trains on pixels alone.
@@ -75,6 +76,7 @@ class Recipe:
     steps: int = 0
     batch: int = 0
     lr: float = 0.0
+    encoder_factor: float | None = None
     pixel_start: bool = True
     weighting: Weighting = "adaptive"
     distill_weight: float = 1.0
@@ -294,7 +296,9 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
         distillation = LayerwiseDistillation(
             teacher, model.encoder, beta=model.config.beta, weighting=model.config.weighting
         )
-    groups = parameter_groups(model, lr=lr, encoder_factor=ENCODER_FACTOR_TINY if tiny else ENCODER_FACTOR)
+    usual = ENCODER_FACTOR_TINY if tiny else ENCODER_FACTOR
+    factor = usual if recipe.encoder_factor is None else recipe.encoder_factor
+    groups = parameter_groups(model, lr=lr, encoder_factor=factor)
     warmup = min(50 if tiny else 2000, steps // 4)
     with plain_attention() if tiny else nullcontext():
         fitted = fit(
@@ -330,11 +334,14 @@ def new_model(recipe: Recipe) -> UniFlow:
     if recipe.encoder != "tiny":
         return UniFlow.adapt(config)
     model = UniFlow(config)
-    if recipe.teacher is None:
+    teacher = recipe.teacher
+    if teacher is None and recipe.resume and (recipe.out / "teacher").is_dir():
+        teacher = recipe.out / "teacher"
+    if teacher is None:
         train_tiny_teacher(model, steps=recipe.teacher_steps, seed=recipe.seed)
         model.save_pretrained(recipe.out / "teacher")
     else:
-        model.encoder.load_state_dict(UniFlow.from_pretrained(recipe.teacher).encoder.state_dict())
+        model.encoder.load_state_dict(UniFlow.from_pretrained(teacher).encoder.state_dict())
     if recipe.pixel_start:
         pictures = ShapesAndPhotos(model.preprocessing, count=128, seed=recipe.seed)
         told = start_bottleneck(model, pictures.batch(np.arange(len(pictures))), seed=recipe.seed)

@@ -32,6 +32,11 @@ def test_every_stage_trains_its_own_part_and_leaves_a_model(recipe, tmp_path, ca
     assert {name.split(".")[0] for name in moved} == {"image", "to_image", "to_text"}
     assert model.scale != 1
     assert len(model.caption(torch.rand(1, 3, 32, 32), steps=1)) == 1
+    # going on with an earlier stage leaves what later stages have trained
+    recipe.main(dataclasses.replace(settings, stage="text-to-image", resume=True))
+    again = FlowTok.from_pretrained(tmp_path / "model")
+    assert all(torch.equal(p, again.to_text.get_parameter(name)) for name, p in model.to_text.named_parameters())
+    assert torch.equal(again.to_image.velocity.out.weight, model.to_image.velocity.out.weight)
 
 
 def test_an_earlier_model_goes_on_with_other_data_and_keeps_its_size(recipe, tmp_path):

@@ -72,6 +72,8 @@ def test_a_hub_id_of_a_release_goes_to_its_importer(tmp_path, monkeypatch):
     for source in ("uniflow:somebody/UniFlow", f"uniflow:{folder}"):
         again = load_tokenizer(source)
         assert torch.equal(again.to_latent.c_fc.weight, model.to_latent.c_fc.weight)
+    monkeypatch.chdir(tmp_path)
+    assert load_tokenizer("uniflow:snapshot").config.latent_channels == 8
     assert asked == ["somebody/UniFlow"]
     with pytest.raises(ValueError, match="takes no revision"):
         load_tokenizer("uniflow:somebody/UniFlow", revision="main")

@@ -98,6 +98,12 @@ def test_guidance_of_a_model_trained_without_the_indicator_is_refused():
         plain.caption(images(), guidance=2.0)
 
 
+@pytest.mark.parametrize("guidance", [-1.0, float("nan"), float("inf")])
+def test_a_guidance_that_is_no_scale_is_refused(guidance):
+    with pytest.raises(ValueError, match="finite number of at least 0"):
+        FlowTok(FlowTokConfig.tiny()).generate(CAPTIONS, steps=1, guidance=guidance)
+
+
 def test_no_image_to_text_half_is_said():
     with pytest.raises(ValueError, match="no image-to-text half"):
         FlowTok(dataclasses.replace(FlowTokConfig.tiny(), to_text=None)).caption(images())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from headrace.tokenizers import flowtok_loss
 from headrace.tokenizers.flowtok import FlowTok
 from headrace.tokenizers.flowtok_config import FlowTokConfig
 from headrace.tokenizers.flowtok_image import Posterior
@@ -90,9 +91,21 @@ def test_image_tokenizer_loss_adds_up_with_a_perceptual_distance(model):
 
 
 def test_text_tokenizer_scores_up_to_the_end_mark_only(model):
+    model.eval()  # without dropout
     ids = model.captions.ids(["red square top left"])
     terms = text_tokenizer_loss(model, ids, generator=seeded())
     assert terms.words.item() == pytest.approx(torch.tensor(float(TINY.captions.vocabulary)).log().item(), abs=0.7)
+    with torch.no_grad():  # what the decoder says after the end mark costs nothing
+        decoder = model.captioner().decoder
+        told, ended = decoder.forward, int((ids[0] == model.captions.ids.end).nonzero()[0, 0]) + 1
+
+        def babbling(tokens):
+            scores = told(tokens)
+            return torch.cat([scores[:, :ended], 9 * torch.randn_like(scores[:, ended:])], 1)
+
+        decoder.forward = babbling
+        assert text_tokenizer_loss(model, ids, generator=seeded()).words.item() == pytest.approx(terms.words.item())
+        del decoder.forward
     terms.total.backward()
     assert model.captioner().projector.linear.weight.grad.abs().max() > 0
     assert model.captioner().decoder.words.weight.grad.abs().max() > 0
@@ -104,6 +117,28 @@ def test_image_to_text_leaves_the_text_tokenizer_alone(model):
     bridge = model.captioner()
     assert bridge.velocity.out.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in (*bridge.projector.parameters(), *bridge.decoder.parameters()))
+
+
+def test_image_to_text_aims_at_one_target_per_caption_in_training_too(model, monkeypatch):
+    """Dropout in the frozen text tokenizer would move the target at every update."""
+    model.train()
+    targets = []
+    monkeypatch.setattr(flowtok_loss, "swap_flagged", lambda target, flags: targets.append(target) or target)
+    ids = model.captions.ids(["red square top left", "blue circle bottom left"])
+    for _ in range(2):
+        image_to_text_loss(model, torch.randn(2, 12, 4), ids, generator=seeded())
+    assert torch.equal(*targets) and model.captioner().projector.training
+    model.eval()
+
+
+def test_image_to_text_learns_the_beginning_of_its_path(model, monkeypatch):
+    times = []
+    net = model.captioner().velocity
+    monkeypatch.setattr(net, "forward", lambda x, t, flags: times.append(t) or torch.zeros_like(x))
+    ids = model.captions.ids(["red square top left"] * 2000)
+    image_to_text_loss(model, torch.zeros(2000, 12, 4), ids, generator=seeded())
+    early = (times[0] < 0.05).float().mean().item()
+    assert 0.25 < early < 0.35 and 0.9 < times[0].max() <= 1
 
 
 @pytest.mark.slow

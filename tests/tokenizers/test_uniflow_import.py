@@ -69,3 +69,13 @@ def test_only_internvit_fits_the_official_layout(tmp_path):
     other = UniFlow(dataclasses.replace(SMALL, encoder=encoder))
     with pytest.raises(ValueError, match="InternViT encoders only"):
         save_official(other, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change", [{"latent_norm": "layernorm"}, {"target_scale": 2.0}, {"flow_segments": 2, "steps": 2, "flow_depth": 3}]
+)
+def test_settings_that_official_keys_do_not_hold_are_refused(change, tmp_path):
+    other = UniFlow(dataclasses.replace(SMALL, **change))
+    with pytest.raises(ValueError, match=f"holds no {next(iter(change))}"):
+        save_official(other, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()

@@ -88,7 +88,9 @@ def load_tokenizer(source: str | os.PathLike[str], *, revision: str | None = Non
             raise FileNotFoundError(f"{text} names files that are not here: {', '.join(absent)}")
         if len(files) != 2:
             raise ValueError(f"FlowTok's release has two files, the tokenizer's and the flow's, got {len(files)}")
-    if all(map(os.path.isfile, files)) or (family in RELEASE_FILES and "/" in file and not os.path.isdir(text)):
+    if all(map(os.path.isfile, files)) or (
+        family in RELEASE_FILES and ("/" in file or os.path.isdir(file)) and not os.path.isdir(text)
+    ):
         if revision is not None:
             raise ValueError(f"{text} is read by its release's importer, which takes no revision")
         return _importer(family)(*files)

@@ -6,6 +6,7 @@ training are our design, since nothing of it was released.
 
 # Shape letters in this file: B batch, K tokens, D channels, C text width.
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -203,6 +204,8 @@ class FlowTok(FlowTokenizer):
     ) -> Tensor:
         config = self.config
         guidance = config.guidance if guidance is None else guidance
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance must be a finite number of at least 0, got {guidance}")
         if guidance != 1 and not config.indicator_probability:
             raise ValueError(
                 f"guidance {guidance:g} needs the matched/unmatched indicator, but this model was trained without it "

@@ -39,6 +39,8 @@ class FlowTokConfig:
             grows with the batch.
         kl_weight: 0.01 in the code (with `batch_sum`), 1e-4 in the paper (reduction not stated).
         align_weight: Factor on the contrastive loss.
+        early_times: Image-to-text trains on times `u ** early_times`, u even in [0, 1): 1 is uniform, more means more
+            near the beginning, where it is decided which caption. The paper does not say what it used.
         guidance: Default guidance scale in sampling.
         steps: Default Euler steps.
         legacy_grid: See `transport`.
@@ -56,6 +58,7 @@ class FlowTokConfig:
     kl_reduction: KLReduction = "per_sample_sum"
     kl_weight: float = 1e-2
     align_weight: float = 1.0
+    early_times: float = 2.5
     guidance: float = 2.0
     steps: int = 20
     legacy_grid: bool = False
@@ -78,6 +81,8 @@ class FlowTokConfig:
             "batch_sum",
         ):
             raise ValueError(f"unknown kl_form {self.kl_form!r} or kl_reduction {self.kl_reduction!r}")
+        if self.early_times <= 0:
+            raise ValueError(f"early_times must be positive, got {self.early_times}")
         if self.scale_factor <= 0 or self.steps < 1 or min(self.kl_weight, self.align_weight, self.guidance) < 0:
             raise ValueError("scale_factor and steps must be positive, weights and guidance not negative")
         if not self.indicator_probability and self.guidance != 1:

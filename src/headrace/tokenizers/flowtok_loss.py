@@ -17,7 +17,7 @@ from headrace.flow.path import straight_path
 from headrace.flow.time import beta_time, logit_normal_time
 from headrace.nn.dit import SequenceDiT
 from headrace.tokenizers.flowtok import FlowTok
-from headrace.tokenizers.flowtok_bridge import TextToImage, draw_flags, swap_flagged
+from headrace.tokenizers.flowtok_bridge import ImageToText, TextToImage, draw_flags, swap_flagged
 from headrace.tokenizers.flowtok_config import FlowTokConfig
 from headrace.tokenizers.flowtok_image import Posterior
 from headrace.tokenizers.flowtok_text import contrastive_loss, gaussian_divergence, wall_divergence
@@ -191,9 +191,10 @@ def image_to_text_loss(
 ) -> Tensor:
     """Flow loss from image tokens to the frozen text tokenizer's means, a scalar; no KL, no contrast (paper).
 
-    Times are `u ** 2.5`, a third of them below 0.05. Captions are few and far apart, so from t = 0.1 on the state gives
-    the caption away; which one it is must be learned at the very beginning, where logit-normal times hardly ever are.
-    (With them the error was 0.02 from t = 0.1 on and worse than the mean caption at 0: docs/results/flowtok.md.)
+    Times are `u ** early_times`; at the default 2.5 a third of them are below 0.05. Captions are few and far apart, so
+    from t = 0.1 on the state gives the caption away; which one it is must be learned at the very beginning, where
+    logit-normal times hardly ever are. (With them the error was 0.02 from t = 0.1 on and worse than the mean caption at
+    0: docs/results/flowtok.md.)
 
     Args:
         model: Only the velocity network of the image-to-text half gets a gradient.
@@ -202,11 +203,21 @@ def image_to_text_loss(
         generator: On the model's device.
     """
     bridge = model.captioner()
-    with torch.no_grad():
-        target = bridge.projector(model.captions(captions)).mean
-    t = beta_time(len(images), alpha=1.0, beta=0.4, scale=1.0, generator=generator, device=images.device)
+    target = _means(bridge, model.captions(captions))
+    beta = 1 / model.config.early_times
+    t = beta_time(len(images), alpha=1.0, beta=beta, scale=1.0, generator=generator, device=images.device)
     flags = draw_flags(len(images), model.config.indicator_probability, generator=generator, device=images.device)
     return _transport_loss(bridge.velocity, images, target, flags, t, model.config).mean()
+
+
+@torch.no_grad()
+def _means(bridge: ImageToText, text: Tensor) -> Tensor:
+    """The frozen text tokenizer's means, without the dropout that training mode would put on them."""
+    training = bridge.projector.training
+    bridge.projector.eval()
+    mean = bridge.projector(text).mean
+    bridge.projector.train(training)
+    return mean
 
 
 def _transport_loss(

@@ -145,9 +145,18 @@ def save_official(model: UniFlow, path: Path) -> None:
     """Write an official-layout safetensors file.
 
     Raises:
-        ValueError: The encoder is not of the InternViT kind, so the official class could not read the file.
+        ValueError: The official class could not read the file, or would read another model from it: another encoder
+            than InternViT, or settings that its keys do not hold.
     """
-    if model.config.encoder.name != "vit_intern300m_patch14_448":
-        raise ValueError(f"the official layout knows InternViT encoders only, not {model.config.encoder.name}")
+    config = model.config
+    if config.encoder.name != "vit_intern300m_patch14_448":
+        raise ValueError(f"the official layout knows InternViT encoders only, not {config.encoder.name}")
+    official = UniFlowConfig()
+    for name in ("latent_norm", "target_scale", "flow_segments"):
+        if getattr(config, name) != getattr(official, name):
+            raise ValueError(
+                f"the official layout holds no {name}: its reader takes {getattr(official, name)!r}, this model has "
+                f"{getattr(config, name)!r}; use save_pretrained"
+            )
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in official_state(model).items()}
     write_atomically(path, lambda temporary: save_file(state, temporary, {"format": "pt"}))

@@ -34,7 +34,8 @@ def start_bottleneck(
         Share of the pixels' variance that the latents tell linearly, up to 1.
 
     Raises:
-        ValueError: As `UniFlow.grid_of`; too few patches; or fewer than 2 Z hidden units.
+        ValueError: As `UniFlow.grid_of`; too few patches; fewer than 2 Z hidden units; or more latent
+            channels than a patch has numbers.
     """
     model.grid_of(images)
     tokens = model.hidden(images)[1].flatten(0, 1).double()
@@ -44,6 +45,8 @@ def start_bottleneck(
         raise ValueError(f"{len(tokens)} patches are too few for {width} numbers per token; give more images")
     if 2 * channels > width:
         raise ValueError(f"{channels} latent channels need an encoder width of at least {2 * channels}, got {width}")
+    if channels > pixels.shape[1]:
+        raise ValueError(f"{channels} latent channels are more than the {pixels.shape[1]} numbers of a patch of pixels")
     mean = tokens.mean(0)
     tokens, pixels = tokens - mean, pixels - pixels.mean(0)
     spread = tokens.T @ tokens
