@@ -28,6 +28,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 300
     batch: int = 8
+    teachers: Path | None = None  # `--out` of an earlier comparison whose teachers are taken, one per seed
     encoder_factor: float = (
         0.05  # the encoder's learning rate as a share of the other's: small keeps it near the teacher
     )
@@ -42,8 +43,9 @@ def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
     chosen = ["--distill-weight", "0"] if weighting == "none" else ["--weighting", weighting]
     command = [sys.executable, str(RECIPE), "--out", str(folder), "--seed", str(seed), "--steps", str(options.steps)]
     command += ["--batch", str(options.batch), "--encoder-factor", str(options.encoder_factor), *chosen]
-    if weighting != options.weightings[0]:
-        command += ["--teacher", str(options.out / f"{options.weightings[0]}_{seed}" / "teacher")]
+    if weighting != options.weightings[0] or options.teachers is not None:
+        origin = options.teachers or options.out
+        command += ["--teacher", str(origin / f"{options.weightings[0]}_{seed}" / "teacher")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     kept.write_text(json.dumps(figures))
