@@ -87,7 +87,7 @@ def encoder_policy(config: PruningConfig, tower: Tower) -> NewPolicy | None:
         raise ValueError(f"last_layer must lie in 0..{tower.consumed}, the block whose features are used, got {last}")
 
     def new(batch: int, units: int, device: torch.device) -> Policy:
-        return FlowCutPolicy(config, batch=batch, units=units, last_layer=last, device=device)
+        return FlowCutPolicy(config, batch=batch, units=units, last_layer=last, device=device, crops=tower.crops)
 
     return new
 
