@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,9 @@ from headrace.vlm.prefill import read
 from headrace.vlm.prompt import left_pad
 from headrace.vlm.pruning.auto import PruningConfig, pruning_config
 from headrace.vlm.pruning.budget import Budget
-from headrace.vlm.pruning.decoder_cut import cut_decoder, fastv_prompt_scores
 from headrace.vlm.pruning.flowcut import FlowCutConfig
-from headrace.vlm.pruning.peer_policies import FastVConfig
 from headrace.vlm.pruning.policy import FlowCutPolicy
+from headrace.vlm.pruning.reading import decoder_reading, tokens_kept
 
 TEXT_TOKENS = 40
 IMAGE_ID = 5
@@ -116,13 +116,9 @@ def first_logits(vlm: HuggingFaceVLM, inputs: dict, ids: torch.Tensor, pruning: 
     features = vlm._timed_features(inputs, video=False)
     prompt = vlm._prompt(ids, features, inputs, IMAGE_ID, video=False)
     cache, batch = KVCache(), left_pad([prompt])
-    if isinstance(pruning, FastVConfig):
-        keep = pruning.budget.of(vlm.record.visual_before)
-        with cut_decoder(
-            vlm.model, cache, prompt.visual, layer=pruning.decoder_layer, keep=keep, scorer=fastv_prompt_scores
-        ):
-            return read(vlm.model, batch, cache, past=batch.mask[:, :0])
-    return read(vlm.model, batch, cache, past=batch.mask[:, :0])
+    reading = decoder_reading(vlm.model, pruning, vlm.record)
+    with nullcontext() if reading is None else reading(prompt, cache):
+        return read(vlm.model, batch, cache, past=batch.mask[:, :0])
 
 
 class Stopwatch:
@@ -186,8 +182,8 @@ def main() -> None:
     crops = 1 if arguments.shape == "llava" else 5
     methods: dict[str, PruningConfig | None] = {"none": None}
     for name in arguments.methods:
-        kept = arguments.keep * crops if name == "fastv" else arguments.keep
-        methods[name] = pruning_config(name, Budget(tokens=kept))
+        budget = arguments.keep * crops if name == "flowcut-decoder" else arguments.keep  # counted over the prompt
+        methods[name] = pruning_config(name, Budget(tokens=budget))
     facts = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         "versions": {"torch": torch.__version__},
@@ -205,7 +201,7 @@ def main() -> None:
                 start, cpu = time.perf_counter(), time.process_time()
                 first_logits(vlm, inputs, ids, pruning)
                 took = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-            kept[name] = vlm.record.visual_after
+            kept[name] = tokens_kept(pruning, vlm.record)
             for kind, value in (took | {"scoring_cpu": watch.seconds}).items():
                 runs[name][kind] += [value] * (turn >= 0)
         if turn >= 0:

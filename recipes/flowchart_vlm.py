@@ -477,8 +477,8 @@ def main(recipe: Recipe) -> Path:
         schedule=Schedule(kind="cosine", warmup=max(1, recipe.steps // 20), steps=recipe.steps, floor=0.02),
         checkpoint_every=recipe.checkpoint_every, settings=settings, find_unused=True,
     )  # fmt: skip
+    save_model(training, folder / "weights.safetensors")
     if recipe.stage != "joint":
-        save_model(training, folder / "weights.safetensors")
         return folder
     model.save_pretrained(recipe.out / "model")
     return recipe.out / "model"

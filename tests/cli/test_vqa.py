@@ -1,6 +1,7 @@
 """The flowchart commands from the command line: exit statuses, files, and messages."""
 
 import json
+import re
 
 import pytest
 
@@ -61,6 +62,13 @@ def test_run_compare_and_report(charts, reading, tmp_path, capsys):
 def test_dry_run_loads_no_model_and_writes_nothing(charts, tmp_path, capsys):
     assert main(arguments(charts, tmp_path / "x", "--dry-run")) == 0
     assert "num_nodes: 4 questions" in capsys.readouterr().out and not (tmp_path / "x").exists()
+    assert main(arguments(charts, tmp_path / "x", "--dry-run", "--limit", "3")) == 0
+    assert "num_nodes: 3 questions" in capsys.readouterr().out
+    counts = []
+    for part in ("0/2", "1/2"):
+        assert main(arguments(charts, tmp_path / "x", "--dry-run", "--shard", part)) == 0
+        counts += [int(n) for n in re.findall(r"num_nodes: (\d+) questions", capsys.readouterr().out)]
+    assert sum(counts) == 4
 
 
 def test_shards_and_merge(charts, reading, tmp_path):
@@ -93,6 +101,23 @@ def test_a_failing_model_ends_with_a_bad_status(charts, monkeypatch, tmp_path, c
     monkeypatch.setattr(vqa_model, "opener", lambda source, *, device, pruning: Broken)
     assert main(arguments(charts, tmp_path)) == 1
     assert "no memory left" in capsys.readouterr().err
+
+
+def test_a_sweep_with_failed_answers_ends_with_a_bad_status(charts, monkeypatch, tmp_path, capsys):
+    class Broken:
+        pruning = None
+
+        def answer(self, images, questions, *, max_new_tokens):
+            if str(images).endswith("/1.jpeg"):
+                raise RuntimeError("no memory left")
+            return ["3"] * len(questions)
+
+    monkeypatch.setattr(vqa_model, "opener", lambda source, *, device, pruning: Broken)
+    given = ["--task", "flowlearn/sim-word/num_nodes", "--data", str(charts), "--model", "any", "--out", str(tmp_path)]
+    more = ["--methods", "fastv", "--keep", "8", "--repeats", "2", "--warmup", "0"]
+    assert main(["vqa", "bench-prune", *given, *more]) == 1
+    assert "2 answers failed" in capsys.readouterr().err
+    assert [row["errors"] for row in json.loads((tmp_path / "bench.json").read_text())] == [1, 1]
 
 
 @pytest.mark.parametrize("more", [("--prune", "flowcut"), ("--keep", "8"), ("--prune", "nothing", "--keep", "8")])

@@ -134,6 +134,8 @@ def test_stages_give_a_model_that_the_runner_scores(script, recipe, charts):
     before = (recipe.out / "language" / "weights.safetensors").stat().st_size
     assert before > 0
     folder = script.main(recipe)
+    again = replace(recipe, out=recipe.out / "again", start=recipe.out / "joint" / "weights.safetensors")
+    assert script.main(again) == again.out / "model"
     tasks, prompts = load_task("flowlearn/sim-char/num_nodes", charts), PROMPT_SETS["short-1"]
     identity = run_identity(tasks, prompts, model="tiny", pruning=None, data=charts, split="test")
     out = recipe.out / "eval"

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import math
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -16,7 +18,7 @@ from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
 from headrace.vlm.vqa_charts import Series, line_chart
 from headrace.vlm.vqa_data import load_task
 from headrace.vlm.vqa_gallery import EXTRA, MISSING, RIGHT, Kept, graph_difference, grid_of, kept_overlay
-from headrace.vlm.vqa_report import write_report
+from headrace.vlm.vqa_report import kept_share, read_run, write_report
 from headrace.vlm.vqa_run import run, run_identity
 
 PROMPTS = find_prompts("headrace-1")
@@ -102,6 +104,42 @@ def test_overlay_washes_out_what_was_dropped(tmp_path):
         assert shown.getpixel((10, 10)) < 40, "the picture's corner shows a kept token in both regions"
         assert (shown.getpixel((50, 50)) < 40) == (dark == (10, 10)), "a quarter of the grid shows other tokens"
     assert grid_of(576, (900, 300)) == (24, 24) and grid_of(12, (400, 300)) == (4, 3)
+
+
+def brightness(page, place):
+    shown = Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split('"')[0]))).convert("L")
+    return shown.getpixel(place)
+
+
+def test_overlay_follows_the_grid_and_the_crop_that_the_model_saw(tmp_path):
+    path = tmp_path / "black.png"
+    Image.new("RGB", (90, 40)).save(path)
+    page = kept_overlay(path, Kept([8], 36, grid=(9, 4)))  # the upper right corner, which 6 x 6 has elsewhere
+    assert brightness(page, (85, 4)) < 40 and brightness(page, (45, 4)) > 150 and brightness(page, (85, 34)) > 150
+    seen = Kept([0, 1, 2, 3], 4, region=(-0.625, 0.0, 1.625, 1.0), grid=(2, 2))  # the middle, 40 of 90 px
+    page = kept_overlay(path, seen)
+    assert brightness(page, (45, 20)) < 40
+    assert brightness(page, (10, 20)) > 150 and brightness(page, (80, 20)) > 150, "what was cropped off is washed out"
+
+
+def test_sweep_keeps_methods_apart_and_counts_what_reaches_the_answer(page, tmp_path):
+    folders, methods = [], ("flowcut", "flowcut-decoder", "fastv", "fastv")
+    for name, method, after in zip("abcd", methods, (64, 64, 64, None), strict=True):
+        shutil.copytree(page[1][1], tmp_path / name)
+        for file in ("run.json", "results.json"):
+            written = json.loads((tmp_path / name / file).read_text())
+            run = written["run"] if file == "results.json" else written
+            run["pruning"] = {"pruning": "FlowCutConfig", "method": method, "budget": {"tokens": 64, "share": None}}
+            (tmp_path / name / file).write_text(json.dumps(written))
+        note = {"image": "x.jpeg", "before": 576, "after": after}
+        (tmp_path / name / "pictures.jsonl").write_text(json.dumps(note) + "\n" if after else "")
+        folders.append(tmp_path / name)
+    runs = [read_run(folder) for folder in folders]
+    assert [kept_share(run) for run in runs[:3]] == [64 / 576] * 3 and math.isnan(kept_share(runs[3]))
+    assert kept_share(read_run(page[1][0])) == 1.0
+    sweep = write_report(folders, tmp_path / "r.html").read_text().split("Pruning sweep")[1].split("<h2>")[0]
+    assert all(f">{name}</text>" in sweep for name in ("flowcut", "flowcut-decoder", "fastv"))
+    assert sweep.count(">11</text>") == sweep.count("<svg") and "nan" not in sweep
 
 
 def test_a_chart_without_points_is_empty():

@@ -144,12 +144,23 @@ def test_a_failing_picture_is_recorded_and_can_be_tried_again(tasks, data, tmp_p
                 raise RuntimeError("out of memory")
             return super().answer(images, questions, max_new_tokens=max_new_tokens)
 
-    samples = start(tasks, data, tmp_path, Broken(tasks, PROMPTS))
+    noted = []
+    samples = start(tasks, data, tmp_path, Broken(tasks, PROMPTS), after_picture=lambda _, image: noted.append(image))
+    assert len(noted) == 8 * 3 - 2 and not any(image.endswith("jpeg/3.jpeg") for image in noted)
     failed = [s for s in samples if s.error]
     assert len(samples) == len(tasks.questions) and failed and all("out of memory" in s.error for s in failed)
     assert json.loads((tmp_path / "results.json").read_text())["errors"] == len(failed)
     again = start(tasks, data, tmp_path, Reader(tasks, PROMPTS), retry_errors=True)
     assert not any(s.error for s in again) and all(s.score == 1.0 for s in again)
+
+
+def test_answers_with_line_separators_are_read_again(tasks, data, tmp_path):
+    class Odd(Reader):
+        def answer(self, images, questions, *, max_new_tokens):
+            return ["a\u2028b\u2029c\u0085d\x1ce\r\nf"] * len(questions)
+
+    whole = start(tasks, data, tmp_path, Odd(tasks, PROMPTS))
+    assert read_samples(tmp_path) == whole and start(tasks, data, tmp_path, None) == whole
 
 
 def test_odd_answers_are_counted(tasks, data, tmp_path):

@@ -33,7 +33,7 @@ def run(
         data: Folder of the data set.
         model: Folder or Hub id of any vision-language model.
         out: Run folder.
-        prune: Pruning method, such as flowcut, fastv, visionzip, prumerge, random.
+        prune: Pruning method, such as flowcut, fastv, visionzip, prumerge, random; or a JSON file of all settings.
         keep: Visual tokens that stay per picture; below 1 it is a share.
         split: Split of the data set.
         prompts: Prompt set, or a JSON file: task to text.
@@ -52,17 +52,17 @@ def run(
 
     tasks, wording = load_task(task, data, split=split, profile=profile), find_prompts(prompts)
     part, pruning = vqa_run.Shard.parse(shard), vqa_model.pruning_of(prune, keep)
+    asked = [question for group in vqa_run.groups_of(tasks, limit=limit, shard=part) for question in group.questions]
     if dry_run:
-        require_images(data, tasks.questions)
-        for name, prompt, image, count in vqa_run.first_prompts(tasks, wording):
+        require_images(data, asked)
+        for name, prompt, image, count in vqa_run.first_prompts(asked, wording):
             print(f"{name}: {count} questions, first on {image}:\n  {prompt}")
         return 0
     settings = vqa_model.pruning_identity(pruning)
     name = vqa_model.model_name(model)
     identity = vqa_run.run_identity(tasks, wording, model=name, pruning=settings, data=data, split=split)
     notes = _PictureNotes(out / vqa_run.PICTURES_FILE, data)
-    total = sum(len(group.questions) for group in vqa_run.groups_of(tasks, limit=limit, shard=part))
-    with _Bar(total) as bar:
+    with _Bar(len(asked)) as bar:
         samples = vqa_run.run(
             tasks, vqa_model.opener(model, device=device, pruning=pruning), data=data, out=out, identity=identity,
             prompts=wording, limit=limit, shard=part, retry_errors=retry_errors, after_picture=notes.add,
@@ -238,7 +238,10 @@ def bench_prune(
         print(f"{row['setting']:<20} {row['tokens']:>4}/{row['of']:<5} {row['mean_score']:>6.3f}"
               f"  {row['prefill_ms']:>12.1f}  {row['times_faster']:>12.2f}")  # fmt: skip
     print(write_report(folders, out / "report.html", data=data), file=sys.stderr)
-    return 0
+    failed = sum(row["errors"] for row in rows)
+    if failed:
+        print(f"headrace vqa bench-prune: {failed} answers failed; samples.jsonl in {out} says why", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def export(

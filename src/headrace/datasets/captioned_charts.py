@@ -61,7 +61,8 @@ class CaptionedCharts:
                 f"`headrace flowlearn generate --count 2000 --variant char --out {folder}`"
             )
         variant = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["variant"]
-        rows = [json.loads(line) for line in (folder / CHARTS_FILE).read_text(encoding="utf-8").splitlines() if line]
+        lines = (folder / CHARTS_FILE).read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
         labels, pictures = [], []
         for row in rows:
             caption = chart_caption(Graph.from_dict(row["graph"]), row["bg"])

@@ -81,6 +81,16 @@ class Preprocessing:
         images = images.detach().float()
         return (images * self._channels(self.std, images) + self._channels(self.mean, images)).clamp(0, 1)
 
+    def region(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Where a picture of this size [px] lies: left, top, right, bottom as shares of the square.
+
+        What is cropped off lies below 0 and above 1.
+        """
+        if self.fit == "squash":
+            return 0.0, 0.0, 1.0, 1.0
+        wide, high = width / min(width, height), height / min(width, height)
+        return (1 - wide) / 2, (1 - high) / 2, (1 + wide) / 2, (1 + high) / 2
+
     def _channels(self, numbers: tuple[float, float, float], like: Tensor) -> Tensor:
         return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(1, 3, 1, 1)
 

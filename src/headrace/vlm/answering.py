@@ -50,7 +50,7 @@ class AnswersPictures:
             prompts,
             config,
             self.pruning,
-            visual_before=self.record.visual_before,
+            self.record,
         )
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
@@ -74,6 +74,7 @@ class AnswersPictures:
         start = time.perf_counter()
         kept: list[list[int]] = []
         units: list[int] = []
+        grids: list[tuple[int, int] | None] = []
         if not prunes_encoder(self.pruning):
             rows = self.encode(pixels)
         else:  # one by one: what a picture keeps does not depend on its neighbours
@@ -83,12 +84,13 @@ class AnswersPictures:
                     parts.append(self.encode(one))
                 kept += cut.report.kept if cut is not None else []
                 units += cut.report.units if cut is not None else []
+                grids += cut.report.grids if cut is not None else []
             rows = torch.cat(parts)
         gone = int(rows[..., 0].isnan().sum()) if rows.is_floating_point() else 0
         before = rows.shape[0] * rows.shape[1]
         self.record = AnswerRecord(
             visual_before=before, visual_after=before - gone, encode_seconds=time.perf_counter() - start,
-            kept=kept, units=units,
+            pictures=rows.shape[0], kept=kept, units=units, grids=grids,
         )  # fmt: skip
         return rows
 

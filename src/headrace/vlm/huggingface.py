@@ -8,7 +8,7 @@ Nothing in transformers is patched: features come from the model's own `get_imag
 import inspect
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,18 @@ from headrace.vlm.pruning.auto import PruningConfig
 from headrace.vlm.pruning.reading import AnswerRecord, marked_pruning, pruned_greedy
 
 PLAIN_TEMPLATE = "USER: {media}\n{question} ASSISTANT:"  # the LLaVA-1.5 form, for processors that bring none
+
+
+def pictures_seen(inputs: Mapping[str, Tensor]) -> int:
+    """How many pictures (crops, groups of frames) the encoder sees of a processor's output.
+
+    Crops of nothing but zeros fill up a batch and do not count.
+    """
+    for name in ("image_grid_thw", "video_grid_thw"):
+        if name in inputs:
+            return int(inputs[name][:, 0].sum())
+    pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
+    return int(pixels.flatten(0, -4).flatten(1).any(1).sum())
 
 
 class HuggingFaceVLM:
@@ -94,7 +106,7 @@ class HuggingFaceVLM:
             prompts,
             self._greedy_config(max_new_tokens),
             self.pruning,
-            visual_before=self.record.visual_before,
+            self.record,
         )
         return [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
@@ -158,7 +170,8 @@ class HuggingFaceVLM:
         kept = int((~features[:, 0].isnan()).sum())
         self.record = AnswerRecord(
             visual_before=len(features), visual_after=kept, encode_seconds=time.perf_counter() - start,
-            kept=cut.report.kept if cut is not None else [], units=cut.report.units if cut is not None else [],
+            pictures=pictures_seen(inputs), kept=cut.report.kept if cut is not None else [],
+            units=cut.report.units if cut is not None else [], grids=cut.report.grids if cut is not None else [],
         )  # fmt: skip
         return features
 

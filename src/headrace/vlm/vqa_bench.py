@@ -3,15 +3,14 @@
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from headrace.datasets.flowlearn.prompts import PromptSet
-from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.vqa_data import TaskSet
-from headrace.vlm.vqa_model import kept_tokens, note_kept, pruning_identity, pruning_of, set_pruning
+from headrace.vlm.vqa_model import note_kept, pruning_identity, pruning_of, set_pruning, token_counts
 from headrace.vlm.vqa_run import PICTURES_FILE, groups_of, run, run_identity
 from headrace.vlm.vqa_samples import Sample, write_json
 
@@ -52,10 +51,25 @@ class SweepConfig:
 
 
 def time_prefill(
-    model: Any, tasks: TaskSet, data: Path, prompts: PromptSet, *, warmup: int, repeats: int
+    model: Any,
+    tasks: TaskSet,
+    data: Path,
+    prompts: PromptSet,
+    *,
+    warmup: int,
+    repeats: int,
+    without: Collection[str] = (),
 ) -> list[float]:
-    """Milliseconds of encoding a picture and reading one question up to the first token, once per picture in turn."""
-    questions = [group.questions[0] for group in groups_of(tasks)]
+    """Milliseconds of encoding a picture and reading one question up to the first token, once per picture in turn.
+
+    Pictures named in `without` are left out.
+
+    Raises:
+        ValueError: No picture is left.
+    """
+    questions = [group.questions[0] for group in groups_of(tasks) if group.image not in without]
+    if not questions:
+        raise ValueError("the model failed on every picture, so that there is nothing to time; see the errors above")
     times = []
     for index in range(warmup + repeats):
         question = questions[index % len(questions)]
@@ -66,14 +80,10 @@ def time_prefill(
     return times
 
 
-def kept_of(model: Any, pruning: Any) -> dict[str, Any]:
-    """Visual tokens before and after pruning in the last call; a cut inside the language model counts as its budget."""
-    before = int(getattr(model.record, "visual_before", 0)) if hasattr(model, "record") else 0
-    if pruning is None or not before:
-        return {"tokens_before": before, "tokens_kept": before, "share": 1.0}
-    budget: Budget = pruning.budget
-    after = min(int(model.record.visual_after), budget.of(before)) if kept_tokens(model) else budget.of(before)
-    return {"tokens_before": before, "tokens_kept": after, "share": round(after / before, 6)}
+def kept_of(model: Any) -> dict[str, Any]:
+    """Visual tokens before and after pruning in the last call, and the share that stayed."""
+    before, after = token_counts(model)
+    return {"tokens_before": before, "tokens_kept": after, "share": round(after / before, 6) if before else 1.0}
 
 
 def sweep(
@@ -118,19 +128,20 @@ def sweep(
             if progress:
                 progress(label, samples)
 
-        run(tasks, lambda: model, data=data, out=folder, identity=identity, prompts=prompts, limit=config.limit,
-            after_picture=note, progress=tell)  # fmt: skip
-        times = time_prefill(model, tasks, data, prompts, warmup=config.warmup, repeats=config.repeats)
+        samples = run(tasks, lambda: model, data=data, out=folder, identity=identity, prompts=prompts,
+                      limit=config.limit, after_picture=note, progress=tell)  # fmt: skip
+        failed = {sample.image for sample in samples if sample.error}
+        times = time_prefill(model, tasks, data, prompts, warmup=config.warmup, repeats=config.repeats, without=failed)
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
         facts = {"median_ms": statistics.median(times), "quartiles_ms": [low, high], "times_ms": times}
-        write_json(folder / PREFILL_FILE, {**facts, **kept_of(model, pruning)})
+        write_json(folder / PREFILL_FILE, {**facts, **kept_of(model)})
         folders.append(folder)
     set_pruning(model, None)
     return folders
 
 
 def sweep_table(folders: list[Path]) -> list[dict[str, Any]]:
-    """One row per setting: kept tokens, prefill time, speed against the first, mean score over tasks."""
+    """One row per setting: kept tokens, mean score over tasks, failed answers, prefill time, speed-up."""
     rows: list[dict[str, Any]] = []
     for folder in folders:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -138,8 +149,8 @@ def sweep_table(folders: list[Path]) -> list[dict[str, Any]]:
         base = rows[0]["prefill_ms"] if rows else prefill["median_ms"]
         rows.append({
             "setting": folder.name, "tokens": prefill["tokens_kept"], "of": prefill["tokens_before"],
-            "mean_score": results["mean_over_tasks"], "prefill_ms": round(prefill["median_ms"], 2),
-            "times_faster": round(base / prefill["median_ms"], 3),
+            "mean_score": results["mean_over_tasks"], "errors": results["errors"],
+            "prefill_ms": round(prefill["median_ms"], 2), "times_faster": round(base / prefill["median_ms"], 3),
             **{task: numbers["score"] for task, numbers in results["tasks"].items()},
         })  # fmt: skip
     return rows

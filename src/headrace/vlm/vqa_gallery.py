@@ -14,6 +14,7 @@ from headrace.datasets.flowlearn.records import Graph
 
 THUMBNAIL = 420  # [px], the longer side
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+WASHED = 200  # of 255, how white a dropped token is
 RIGHT, MISSING, EXTRA = "#2e8b40", "#c23b3b", "#d98a1f"
 
 
@@ -45,27 +46,36 @@ def grid_of(count: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 class Kept(NamedTuple):
-    """Visual tokens of a picture that stayed: their numbers in raster order, of how many, and the part of the token
-    grid that the picture covers (left, top, right, bottom, as shares)."""
+    """Visual tokens of a picture that stayed.
+
+    Attributes:
+        tokens: Their numbers in raster order, `of` how many.
+        region: Where on the token grid the picture lies: left, top, right, bottom as shares of the grid. Below 0 and
+            above 1 lies what was cropped off.
+        grid: Columns and rows of the token grid, None where they are not known.
+    """
 
     tokens: list[int]
     of: int
     region: tuple[float, ...] = WHOLE
+    grid: tuple[int, int] | None = None
 
 
 def kept_overlay(path: Path, kept: Kept, *, longest: int = THUMBNAIL) -> str:
-    """`<img>` in which the tokens that were dropped are washed out."""
+    """`<img>` in which the tokens that were dropped, and what no token saw, are washed out."""
     with Image.open(path) as opened:
         image = opened.convert("RGB")
     image.thumbnail((longest, longest))
-    columns, rows = grid_of(kept.of, image.size)
-    mask = Image.new("L", (columns, rows), 200)
+    columns, rows = kept.grid or grid_of(kept.of, image.size)
+    mask = Image.new("L", (columns, rows), WASHED)
     for index in kept.tokens:
         mask.putpixel((index % columns, index // columns), 0)
     left, top, right, bottom = kept.region
-    box = (left * columns, top * rows, right * columns, bottom * rows)
-    white = Image.new("RGB", image.size, "white")
-    washed = Image.composite(white, image, mask.resize(image.size, Image.Resampling.NEAREST, box=box))
+    across, down = (right - left) * columns / image.width, (bottom - top) * rows / image.height
+    placed = mask.transform(
+        image.size, Image.Transform.AFFINE, (across, 0, left * columns, 0, down, top * rows), fillcolor=WASHED
+    )
+    washed = Image.composite(Image.new("RGB", image.size, "white"), image, placed)
     return f'<img src="{data_uri(washed)}" alt="{len(kept.tokens)} of {kept.of} tokens kept">'
 
 
@@ -74,7 +84,6 @@ def _places(graph: Graph, labels: list[str]) -> dict[str, tuple[float, float]]:
     boxes = {n.label.strip().lower(): n.box for n in graph.nodes if n.box}
     if boxes:
         width, height = max(b[2] for b in boxes.values()), max(b[3] for b in boxes.values())
-        across, down = 200 / width, 90 / height
         across, down = 200 / width, 90 / height
         known = {k: ((b[0] + b[2]) * across + 10, (b[1] + b[3]) * down + 14) for k, b in boxes.items()}
     else:

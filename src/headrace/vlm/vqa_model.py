@@ -1,32 +1,24 @@
 """Open a model for a run, with or without pruning, and tell models apart by what is in their files."""
 
-import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from headrace.vlm.canvas import Canvas
+from headrace.nn.fingerprint import folder_fingerprint
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.vqa_run import Answerer
 
-_HEAD = 1 << 20  # bytes of each weights file that go into the fingerprint, beside its size
+_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt")  # files of a model's folder that decide what it answers
 
 
 def model_name(source: str) -> str:
     """`source` with a fingerprint of its files when it is a folder, so that another checkpoint under one name shows."""
     folder = Path(source)
-    if not folder.is_dir():
-        return source
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".txt"):
-            digest.update(f"{path.name}:{path.stat().st_size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_HEAD))
-    return f"{folder.name}@{digest.hexdigest()[:12]}"
+    return f"{folder.name}@{folder_fingerprint(folder, kinds=_KINDS)}" if folder.is_dir() else source
 
 
 def budget_of(keep: float) -> Budget:
@@ -41,18 +33,38 @@ def budget_of(keep: float) -> Budget:
 
 
 def pruning_of(method: str | None, keep: float | None) -> Any:
-    """Settings of `--prune METHOD --keep N`, or None for no pruning.
+    """Settings of `--prune METHOD --keep N` or of `--prune FILE.json`, or None for no pruning.
+
+    A file holds what `pruning_to_dict` gives, such as `pruning` in a run's `run.json`; `keep` replaces its budget.
 
     Raises:
-        ValueError: One of the two without the other, an unknown method, a budget that cannot be.
+        ValueError: One of the two without the other, an unknown method, a budget that cannot be, a file that holds no
+            settings.
+        FileNotFoundError: No such file.
     """
     if method is None and keep is None:
         return None
+    if method is not None and method.endswith(".json"):
+        return _pruning_of_file(Path(method), keep)
     if method is None or keep is None:
         raise ValueError("--prune METHOD and --keep N go together")
     from headrace.vlm.pruning.auto import pruning_config
 
     return pruning_config(method, budget_of(keep))
+
+
+def _pruning_of_file(path: Path, keep: float | None) -> Any:
+    from headrace.vlm.pruning.auto import pruning_from_dict
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no pruning settings {path}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}; wanted an object such as run.json's `pruning`")
+    return pruning_from_dict(data if keep is None else data | {"budget": asdict(budget_of(keep))})
 
 
 def pruning_identity(pruning: Any) -> dict[str, Any] | None:
@@ -90,25 +102,51 @@ def set_pruning(model: Any, pruning: Any) -> None:
 
 
 def note_kept(model: Any, data: Path, image: str, file: Path) -> None:
-    """Append to `file` which visual tokens of a picture stayed, and where on the token grid the picture lies.
+    """Append to `file` how many visual tokens a picture's prompt had and kept, and which of the picture's stayed.
 
-    Nothing is written when nothing was pruned. `image` is relative to `data`.
+    The latter only where the encoder prunes: with the picture's token grid, and where on it the picture lies. Nothing
+    is written for a model without pruning. `image` is relative to `data`.
     """
-    found = kept_tokens(model)
-    if found is None:
+    if getattr(model, "pruning", None) is None or getattr(model, "record", None) is None:
         return
-    note: dict[str, Any] = {"image": image, "kept": found[0], "of": found[1]}
-    canvas = getattr(getattr(model, "encoder", None), "preprocessing", None)
-    if isinstance(canvas, Canvas):
+    before, after = token_counts(model)
+    note: dict[str, Any] = {"image": image, "before": before, "after": after}
+    record = model.record
+    if record.kept:
+        note |= {"kept": list(record.kept[0]), "of": int(record.units[0]), "grid": record.grids[0]}
         with Image.open(data / image) as opened:
-            note["region"] = canvas.region(*opened.size)
+            note["region"] = region_of(model, *opened.size)
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(note) + "\n")
 
 
-def kept_tokens(model: Any) -> tuple[list[int], int] | None:
-    """Which visual tokens of the last picture stayed (raster order), and of how many; None when nothing was pruned."""
+def region_of(model: Any, width: int, height: int) -> tuple[float, float, float, float]:
+    """Where a picture of this size [px] lies on the token grid: left, top, right, bottom as shares of the grid.
+
+    A picture that is cropped to its centre reaches beyond the grid. A processor that cuts a picture into several crops
+    gives the whole, squashed, as the first, which is the one that is noted.
+    """
+    own = getattr(getattr(model, "encoder", None), "preprocessing", None)
+    if own is not None:
+        return own.region(width, height)
+    pixels = getattr(getattr(model, "processor", None), "image_processor", None)
+    if not getattr(pixels, "do_center_crop", False) or getattr(pixels, "image_grid_pinpoints", None):
+        return 0.0, 0.0, 1.0, 1.0
+    size, crop = dict(pixels.size) if pixels.do_resize else {}, pixels.crop_size
+    if "shortest_edge" in size:
+        scale = size["shortest_edge"] / min(width, height)
+        wide, high = width * scale, height * scale
+    else:
+        wide, high = size.get("width", width), size.get("height", height)
+    wide, high = wide / crop["width"], high / crop["height"]
+    return (1 - wide) / 2, (1 - high) / 2, (1 + wide) / 2, (1 + high) / 2
+
+
+def token_counts(model: Any) -> tuple[int, int]:
+    """Visual tokens of the last prompt, before any pruning and after all of it; zeros for a model that does not say."""
     record = getattr(model, "record", None)
-    if record is None or not record.kept:
-        return None
-    return list(record.kept[0]), int(record.units[0])
+    if record is None:
+        return 0, 0
+    from headrace.vlm.pruning.reading import tokens_kept
+
+    return record.visual_before, tokens_kept(getattr(model, "pruning", None), record)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections import Counter
 from html import escape
 from pathlib import Path
@@ -30,13 +31,14 @@ _PARTS = ("link_f1", "grammar_link_f1", "contains", "within_one", "rouge_l", "ex
 
 
 class Run(NamedTuple):
-    """What a report reads of a run folder."""
+    """What a report reads of a run folder; `tokens` are visual tokens before and after pruning, by picture."""
 
     name: str
     folder: Path
     results: dict[str, Any]
     samples: list[Sample]
     kept: dict[str, Kept]
+    tokens: dict[str, tuple[int, int]]
     prefill: dict[str, Any]
 
 
@@ -51,12 +53,18 @@ def read_run(folder: Path) -> Run:
         raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}; run or merge it first")
     results = json.loads(path.read_text(encoding="utf-8"))
     notes = folder / PICTURES_FILE
-    lines = notes.read_text(encoding="utf-8").splitlines() if notes.is_file() else []
+    lines = notes.read_text(encoding="utf-8").split("\n") if notes.is_file() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
-    kept = {row["image"]: Kept(row["kept"], row["of"], tuple(row.get("region", WHOLE))) for row in rows}
+    kept = {row["image"]: _kept(row) for row in rows if "kept" in row}
+    tokens = {row["image"]: (row["before"], row["after"]) for row in rows if "before" in row}
     timed = folder / PREFILL_FILE
     prefill = json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else {}
-    return Run(_run_name(results, folder), folder, results, read_samples(folder), kept, prefill)
+    return Run(_run_name(results, folder), folder, results, read_samples(folder), kept, tokens, prefill)
+
+
+def _kept(row: dict[str, Any]) -> Kept:
+    grid = row.get("grid")
+    return Kept(row["kept"], row["of"], tuple(row.get("region", WHOLE)), (grid[0], grid[1]) if grid else None)
 
 
 def _run_name(results: dict[str, Any], folder: Path) -> str:
@@ -70,21 +78,31 @@ def _run_name(results: dict[str, Any], folder: Path) -> str:
 
 def pruning_name(pruning: dict[str, Any]) -> str:
     """Method and budget in a few words."""
-    budget = pruning.get("budget", {})
-    keep = f"{budget['tokens']} tokens" if budget.get("tokens") else f"{budget.get('share')} of tokens"
-    method = str(pruning.get("pruning", "?")).removesuffix("Config")
-    choice = pruning.get("choice", "")
-    return f"{method}{' ' + choice if choice else ''}, {keep}"
+    budget = pruning.get("budget") or {}
+    keep = f"{budget['tokens']} tokens" if budget.get("tokens") else f"{budget.get('share', 'no set share')} of tokens"
+    return f"{method_of(pruning)}, {keep}"
+
+
+def method_of(pruning: dict[str, Any]) -> str:
+    """Method in a few words; runs of earlier versions tell its kind only."""
+    if "method" in pruning:
+        return str(pruning["method"])
+    method, choice = str(pruning.get("pruning", "?")).removesuffix("Config"), pruning.get("choice", "")
+    return f"{method} {choice}" if choice else method
 
 
 def kept_share(run: Run) -> float:
-    """Share of visual tokens that stayed: measured where the run noted it, else from the settings, else 1."""
+    """Share of visual tokens that stayed: measured where the run noted it, else from the settings; NaN if unknown."""
+    pruning = run.results["run"]["pruning"]
+    if not pruning:
+        return 1.0
+    if before := sum(counts[0] for counts in run.tokens.values()):
+        return sum(counts[1] for counts in run.tokens.values()) / before
     if run.prefill:
         return float(run.prefill["share"])
     if run.kept:
         return sum(len(kept.tokens) for kept in run.kept.values()) / sum(kept.of for kept in run.kept.values())
-    budget = (run.results["run"]["pruning"] or {}).get("budget", {})
-    return float(budget.get("share") or 1.0)
+    return float((pruning.get("budget") or {}).get("share") or math.nan)
 
 
 def _table(runs: list[Run]) -> str:
@@ -120,13 +138,17 @@ def _node_curves(runs: list[Run]) -> str:
 
 
 def _sweep(runs: list[Run]) -> str:
-    """Score and time against kept tokens, one line per method; empty unless there are at least two budgets."""
+    """Score and time against kept tokens, one line per method; empty unless there are at least two budgets.
+
+    Runs that do not tell how much they kept are left out.
+    """
+    runs = [run for run in runs if not math.isnan(kept_share(run))]
     methods: dict[str, list[Run]] = {}
     whole = [run for run in runs if not run.results["run"]["pruning"]]
     for run in runs:
         pruning = run.results["run"]["pruning"]
         if pruning:
-            methods.setdefault(pruning_name(pruning).rsplit(",", 1)[0], []).append(run)
+            methods.setdefault(method_of(pruning), []).append(run)
     if not methods or len(runs) < 2:
         return ""
     charts = []
@@ -174,7 +196,7 @@ def _drawn(data: Path | None) -> dict[str, Graph]:
     path = data / CHARTS_FILE if data else None
     if path is None or not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     return {row["name"]: Graph.from_dict(row["graph"]) for row in rows}
 
 

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -167,7 +167,8 @@ def run(
         limit: Questions per task.
         shard: Which part of the pictures.
         retry_errors: Ask again where the model failed.
-        after_picture: Called with the model and the picture's name after each picture that was asked about.
+        after_picture: Called with the model and the picture's name after each picture that was asked about; not where
+            the model failed, because it then still holds what it knows of an earlier picture.
         progress: Called with the new samples of each group; first with those that were there already.
 
     Returns:
@@ -199,7 +200,7 @@ def run(
             samples = _ask(rest, opened, data, prompts, tasks)
             writer.write(samples)
             done |= {sample.uid: sample for sample in samples}
-            if after_picture:
+            if after_picture and not samples[0].error:
                 after_picture(opened, group.image)
             if progress:
                 progress(samples)
@@ -254,11 +255,11 @@ def merge_shards(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
     return write_results(out, identity, samples)
 
 
-def first_prompts(tasks: TaskSet, prompts: PromptSet) -> Iterator[tuple[str, str, str, int]]:
+def first_prompts(questions: Iterable[Question], prompts: PromptSet) -> Iterator[tuple[str, str, str, int]]:
     """For a dry run: each task's name, first prompt, its picture, and the number of questions."""
     firsts: dict[str, Question] = {}
     counts: dict[str, int] = {}
-    for question in tasks.questions:
+    for question in questions:
         firsts.setdefault(question.task, question)
         counts[question.task] = counts.get(question.task, 0) + 1
     for task, question in firsts.items():

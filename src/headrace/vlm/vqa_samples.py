@@ -64,8 +64,8 @@ def read_samples(path: Path) -> list[Sample]:
     found: dict[str, Sample] = {}
     for one in paths:
         text = one.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(complete.splitlines(), start=1):
+        # not splitlines(): answers may hold other line separators, which JSON leaves as they are
+        for number, line in enumerate(text.split("\n")[:-1], start=1):
             try:
                 sample = Sample(**json.loads(line))
             except (json.JSONDecodeError, TypeError) as error:

@@ -118,3 +118,9 @@ def test_a_chart_depends_on_seed_and_number_only():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source, check=True)
     printed = done.stdout.strip()
     assert printed == str(make_chart(5, 77)) != str(make_chart(6, 77))
+
+
+def test_too_few_words_are_refused():
+    make_chart(0, 0, nodes=5, words=["cat"])  # one to five cats
+    with pytest.raises(ValueError, match="1 words gave 5 different labels"):
+        make_chart(0, 0, nodes=6, words=["cat"])

@@ -1,6 +1,7 @@
 """The loader gives the same records for a generated folder, the release's layout and the 50-picture selection."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from PIL import Image
 
 from headrace.cli.flowlearn import generate as generate_command
 from headrace.datasets.flowlearn.load import label_issue, load_questions, missing_images, require_images
-from headrace.datasets.flowlearn.mermaid import parse_mermaid
+from headrace.datasets.flowlearn.mermaid import format_mermaid, parse_mermaid
 from headrace.datasets.flowlearn.predictions import read_predictions
 from headrace.datasets.flowlearn.prompts import PromptSet, find_prompts
+from headrace.datasets.flowlearn.records import Edge, Graph, Node
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
 
 SHARED = Path(__file__).parents[4] / "shared" / "flowlearn"
@@ -47,6 +49,22 @@ def test_a_second_run_changes_nothing_and_another_set_is_refused(generated):
         write_dataset(GenerateConfig(count=6, seed=4, renderer="pillow", protocol="released"), generated)
 
 
+def test_another_list_of_words_is_another_set(tmp_path):
+    words = ["alpha", "beta", "gamma", "delta", "epsilon"]
+    config = GenerateConfig(count=1, renderer="pillow", nodes=3)
+    write_dataset(config, tmp_path, words=words)
+    write_dataset(config, tmp_path, words=words)
+    with pytest.raises(ValueError, match="words_hash: there"):
+        write_dataset(config, tmp_path, words=[*words[:-1], "zeta"])
+
+
+def test_line_separators_in_a_label_do_not_cut_a_record(generated, tmp_path):
+    question = load_questions(generated)[0]
+    odd = [replace(question, uid=str(n), answer=f"a{mark}b") for n, mark in enumerate("\u2028\u2029\x85")]
+    (tmp_path / "questions.jsonl").write_text("".join(q.to_json() + "\n" for q in odd), encoding="utf-8")
+    assert load_questions(tmp_path) == odd
+
+
 def test_missing_pictures_are_named(generated, tmp_path):
     questions = load_questions(generated)
     with pytest.raises(FileNotFoundError, match=r"pictures are missing.*0\.jpeg"):
@@ -78,6 +96,24 @@ def test_command_generates(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("questions.jsonl")
 
 
+def test_a_selection_knows_its_faulty_labels_from_released_references(tmp_path):
+    rows = {
+        "1": {"Q": "Does this hold? Arrow exists between node 'alpha' and node 'beta'.", "A1": "false",
+              "type": "Flowchart-isFalse-betweenAB"},
+        "2": {"Q": "How many nodes are in the flowchart?", "A1": "2", "type": "Num_Nodes"},
+    }  # fmt: skip
+    (tmp_path / "questions.json").write_text(json.dumps({"7": {"key": "7", "qa": rows}}))
+    assert [q.label_issue for q in load_questions(tmp_path)] == [None, None]
+    graph = Graph(nodes=(Node("entity0", "alpha"), Node("entity1", "beta")), edges=(Edge("entity1", "entity0"),))
+    (tmp_path / "predictions").mkdir()
+    for name, text in (("gpt4v", format_mermaid(graph)), ("char_gpt4v", "flowchart TB")):
+        row = {"7.jpeg": {"prediction": "", "reference": text}}
+        (tmp_path / "predictions" / f"{name}_Flowchart-to-Mermaid_2-shot.json").write_text(json.dumps(row))
+    questions = load_questions(tmp_path)
+    assert [q.label_issue for q in questions] == ["reverse_edge_exists", None]
+    assert all(len(q.meta["graph"]["nodes"]) == 2 for q in questions)
+
+
 @needs_selection
 def test_real_selection_fits_the_released_references():
     questions = load_questions(SHARED)
@@ -99,6 +135,7 @@ def test_real_selection_fits_the_released_references():
             if question.answer == "true":
                 assert (a, b) in graph.link_set()
             issues.append(label_issue(question.task, a, b, graph))
+            assert question.label_issue == issues[-1]
     assert issues.count("reverse_edge_exists") > 5 and issues.count("mutated_label") >= 1
 
 

@@ -125,7 +125,6 @@ PRINTED = {
 }  # fmt: skip
 
 
-@pytest.mark.skipif(not RELEASED.is_dir(), reason="the released predictions are not here")
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 @pytest.mark.parametrize("answer", ["\n" * 4000, "9" * 5000, "A(" * 2000, "x --" * 1000, "a points to " * 300])
 def test_a_model_that_loops_costs_little_and_is_counted(task, answer):
@@ -144,6 +143,7 @@ def test_a_byte_order_mark_is_read_and_a_name_twice_is_refused(tmp_path):
         read_predictions(file)
 
 
+@pytest.mark.skipif(not RELEASED.is_dir(), reason="the released predictions are not here")
 @pytest.mark.parametrize("name", PRINTED)
 def test_released_predictions_give_the_printed_figures(name):
     path = RELEASED / f"{name}_2-shot.json"

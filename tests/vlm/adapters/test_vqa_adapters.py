@@ -10,6 +10,7 @@ import pytest
 
 from headrace.datasets.flowlearn.prompts import find_prompts
 from headrace.datasets.flowlearn.write import GenerateConfig, write_dataset
+from headrace.vlm.adapters import vlmevalkit
 from headrace.vlm.adapters.lmms_eval import manifest, task_name, write_task_folder
 from headrace.vlm.adapters.vlmevalkit import HeadraceModel, Launch, register, score_table, write_tsv
 from headrace.vlm.vqa_data import load_task
@@ -95,19 +96,22 @@ def test_the_model_groups_questions_by_picture(data):
 
         def answer(self, images, questions, *, max_new_tokens):
             self.calls.append(list(questions))
+            opened.append("answer")
             return [text.upper() for text in questions]
 
-    inner = Counting()
+    opened, inner = [], Counting()
     model = LmmsModel(model=inner)
     docs = [{"image_path": f"{i % 2}.png"} for i in range(6)]
     model.task_dict = {"t": {"test": docs}}
 
     def turn(doc):
+        opened.append(doc["image_path"])
         return [{"role": "user", "content": [{"type": "image", "url": None}, {"type": "text", "text": f"q{id(doc)}"}]}]
 
     requests = [types.SimpleNamespace(args=("", turn, {"max_new_tokens": 5}, i, "t", "test")) for i in range(6)]
     answers = model.generate_until(requests)
     assert answers == [f"Q{id(doc)}" for doc in docs] and [len(call) for call in inner.calls] == [3, 3]
+    assert opened == ["0.png"] * 3 + ["answer"] + ["1.png"] * 3 + ["answer"], "pictures are opened group by group"
     with pytest.raises(ValueError, match="generate_until"):
         model.loglikelihood([])
 
@@ -132,6 +136,9 @@ def test_vlmevalkit_table_scores_the_same(data, ours, tmp_path):
     for row, question in zip(rows, tasks.questions, strict=True):
         row["prediction"] = model.answer(data / question.image, [row["question"]], max_new_tokens=9)[0]
     scores = score_table(rows)
+    assert {(row["category"], int(row["new_tokens"])) for row in rows} == set(tasks.new_tokens.items()) & {
+        (q.task, tasks.new_tokens[q.task]) for q in tasks.questions
+    }
     for task, numbers in ours.items():
         assert scores[f"{task}:score"] == pytest.approx(numbers["score"], abs=1e-6)
 
@@ -152,13 +159,18 @@ def test_vlmevalkit_learns_our_model_and_data(monkeypatch, tmp_path):
         module = types.ModuleType(name)
         module.__dict__.update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    register(Launch(run=tmp_path, source="model"))
+    opened = []
+    monkeypatch.setattr(vlmevalkit, "opener", lambda source, **more: lambda: opened.append((source, more["device"])))
+    register(Launch(run=tmp_path, source="model", device="cuda"))
+    sys.modules["vlmeval.config"].supported_VLM["headrace"]()
+    assert opened == [("model", "cuda")]
     dataset = sys.modules["vlmeval.dataset"]
     made = dataset.DATASET_CLASSES[0]
     assert "headrace" in sys.modules["vlmeval.config"].supported_VLM
     assert "flowlearn_sim_word" in dataset.SUPPORTED_DATASETS and made.TYPE == "VQA"
     prompt = made().build_prompt({"index": 3, "question": "How many?"})
     assert prompt == [{"type": "image", "value": "3.png"}, {"type": "text", "value": "How many?"}]
+    assert made().build_prompt({"index": 3, "question": "How many?", "new_tokens": "100"})[1]["new_tokens"] == 100
 
 
 def test_vlmevalkit_model_reads_a_message():
@@ -169,3 +181,4 @@ def test_vlmevalkit_model_reads_a_message():
     )
     message = [{"type": "image", "value": "/tmp/a.png"}, {"type": "text", "value": "what"}]
     assert model.generate(message) == "a.png what 7"
+    assert model.generate([message[0], message[1] | {"new_tokens": 100}]) == "a.png what 100"

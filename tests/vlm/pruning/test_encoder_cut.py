@@ -7,6 +7,7 @@ from headrace.vlm.pruning.auto import METHODS, prune, pruning_config
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.pruning.flowcut import FlowCutConfig
 from headrace.vlm.pruning.placeholders import shrink
+from headrace.vlm.pruning.policy import Patches
 from headrace.vlm.pruning.towers import find_tower
 
 ENCODER_METHODS = [name for name in METHODS if name != "fastv"]
@@ -201,3 +202,9 @@ def test_shrinking_placeholders():
         shrink(ids, mask, placeholder=9, keep=4)
     with pytest.raises(ValueError, match="one by one"):
         shrink(torch.tensor([[9, 9, 9], [1, 2, 3]]), torch.ones(2, 3), placeholder=9, keep=1)
+
+
+def test_scores_of_a_units_patches_are_added_when_as_many_patches_are_left_as_there_were_units():
+    unit = torch.tensor([[0, 0, 2, 2]])  # 4 units of 2 patches, of which two stay
+    patches = Patches(torch.arange(4)[None], unit, units=4, prefix=0, has_cls=False, valid=None)
+    assert patches.per_unit(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[0, 2]])).tolist() == [[3.0, 7.0]]

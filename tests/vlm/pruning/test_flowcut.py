@@ -59,6 +59,11 @@ def test_the_batch_rule_decides_whether_company_matters():
 def test_decoder_cut_lets_the_encoder_keep_more():
     config = FlowCutConfig(budget=Budget(tokens=10), decoder=True)
     assert config.encoder_budget(100) == 20 and config.encoder_budget(15) == 15
+    assert config.encoder_budget(100, crops=True) == 5
+    fixed = FlowCutConfig(budget=Budget(tokens=10), decoder=True, encoder_factor=3.0)
+    assert fixed.encoder_budget(100) == fixed.encoder_budget(100, crops=True) == 30
+    shared = FlowCutConfig(budget=Budget(share=0.1), decoder=True)  # a share of all crops is a share of each
+    assert shared.encoder_budget(100, crops=True) == 20
 
 
 def test_config_survives_json():
@@ -69,7 +74,9 @@ def test_config_survives_json():
 @pytest.mark.parametrize(
     "change, message",
     [({"every": 0}, "every"), ({"history": 1.0}, "history"), ({"criteria": ("cosine",)}, "criteria"),
-     ({"schedule": "linear"}, "schedule"), ({"batch_rule": "min"}, "batch_rule")],
+     ({"schedule": "linear"}, "schedule"), ({"batch_rule": "min"}, "batch_rule"), ({"relay": "sum"}, "relay"),
+     ({"relay_softmax": "all"}, "relay_softmax"), ({"semantic_scale": "d"}, "semantic_scale"),
+     ({"encoder_factor": 0.0}, "encoder_factor")],
 )  # fmt: skip
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):

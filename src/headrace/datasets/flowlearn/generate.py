@@ -70,7 +70,7 @@ def make_chart(
         words: Words for the labels instead of pseudo-words.
 
     Raises:
-        ValueError: `nodes` is below 2, or above 26 for letters.
+        ValueError: `nodes` is below 2, or above 26 for letters; or `words` give too few different labels.
     """
     rng = random.Random(chart_seed(seed, index))
     direction = rng.choice(DIRECTIONS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from headrace.datasets.flowlearn.generate import exists_between, points_to
 from headrace.datasets.flowlearn.mermaid import parse_mermaid
-from headrace.datasets.flowlearn.predictions import as_text
+from headrace.datasets.flowlearn.predictions import as_text, read_predictions, task_of_file
 from headrace.datasets.flowlearn.records import Graph, LabelIssue, Question
 from headrace.datasets.flowlearn.tasks import TASKS, find_task
 from headrace.datasets.flowlearn.write import QUESTIONS_FILE, image_paths
@@ -34,7 +34,7 @@ def load_questions(folder: Path, *, variant: str = "sim-word", split: str = "tes
     if variant not in VARIANTS:
         raise ValueError(f"unknown FlowLearn variant {variant!r} (known: {', '.join(VARIANTS)})")
     if (folder / QUESTIONS_FILE).is_file():
-        lines = (folder / QUESTIONS_FILE).read_text(encoding="utf-8").splitlines()
+        lines = (folder / QUESTIONS_FILE).read_text(encoding="utf-8").split("\n")
         every = [Question.from_json(line) for line in lines if line]
         return [q for q in every if q.variant == variant and q.split == split]
     if (folder / "questions.json").is_file():
@@ -117,13 +117,33 @@ def _scientific(folder: Path, split: str) -> list[Question]:
 
 
 def _selection(folder: Path) -> list[Question]:
-    """TextFlow's selection: six questions per chart; the statement stands behind a question of its own wording."""
-    found = []
+    """TextFlow's selection: six questions per chart; the statement stands behind a question of its own wording.
+
+    Where the authors' predictions for the Mermaid task lie beside it, their references tell what is drawn.
+    """
+    graphs, found = _released_graphs(folder / "predictions"), []
     for key, entry in _read(folder / "questions.json").items():
+        graph = graphs.get(key)
+        meta = {"graph": graph.to_dict()} if graph else {}
         for row in entry["qa"].values():
-            task = find_task(row["type"])
+            task, issue = find_task(row["type"]), None
             text = row["Q"].split("? ", 1)[-1] if task.kind == "truth" else ""
-            found.append(_question("sim-word", "test", f"images/{key}.jpeg", task.name, text, row["A1"]))
+            if graph and task.kind == "truth":
+                a, b = text.split("'")[1::2]
+                issue = label_issue(task.name, a, b, graph)
+            found.append(_question("sim-word", "test", f"images/{key}.jpeg", task.name, text, row["A1"],
+                                   label_issue=issue, meta=meta))  # fmt: skip
+    return found
+
+
+def _released_graphs(folder: Path) -> dict[str, Graph]:
+    """Graphs of the `word` variant by picture stem, from the references of released Mermaid predictions."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        task = task_of_file(path)
+        if task is not None and task.name == "mermaid" and not path.name.startswith("char_"):
+            graphs = {Path(row.image).stem: parse_mermaid(row.reference).graph for row in read_predictions(path)}
+            found |= {key: graph for key, graph in graphs.items() if graph.nodes}
     return found
 
 
@@ -143,13 +163,3 @@ def require_images(folder: Path, questions: list[Question]) -> None:
     if missing:
         shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise FileNotFoundError(f"{len(missing)} pictures are missing in {folder}: {shown}")
-
-
-def with_references(questions: list[Question], predictions: dict[str, str], task: str) -> list[Question]:
-    """Questions of another task on the same plain pictures, with answers from elsewhere, keyed by picture file name."""
-    images = dict.fromkeys((q.image, q.variant, q.split) for q in questions)
-    return [
-        _question(variant, split, image, task, "", predictions[Path(image).name])
-        for image, variant, split in images
-        if Path(image).name in predictions
-    ]

@@ -12,6 +12,7 @@ _ENDINGS = ("", "", "", "s", "ed", "ing", "ous", "ly", "ness", "ism", "able", "i
 # Relative frequency of word lengths 2..20 among the released labels' words: one hump at 8 to 9 letters.
 _LENGTHS = (1, 3, 8, 14, 22, 30, 34, 34, 29, 23, 16, 10, 6, 4, 2, 1, 1, 1, 1)
 LONGEST_LABEL = 20
+_TRIES = 1000  # draws per label, after which a list of words is given up
 
 
 def pseudo_word(rng: random.Random) -> str:
@@ -37,12 +38,22 @@ def word_label(rng: random.Random, words: list[str] | None = None) -> str:
 
 
 def unique_word_labels(rng: random.Random, count: int, words: list[str] | None = None) -> list[str]:
-    """`count` different labels."""
+    """`count` different labels.
+
+    Raises:
+        ValueError: The words hardly give that many.
+    """
     labels: list[str] = []
+    tries = 0
     while len(labels) < count:
-        label = word_label(rng, words)
+        label, tries = word_label(rng, words), tries + 1
         if label not in labels:
             labels.append(label)
+        elif tries > _TRIES * count:
+            raise ValueError(
+                f"{len(words or ())} words gave {len(labels)} different labels of up to {LONGEST_LABEL} characters, "
+                f"wanted {count}; give more words, or charts of fewer nodes"
+            )
     return labels
 
 

@@ -1,5 +1,6 @@
 """Generate a data folder: pictures, normalised questions, and the release's own file layout."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -109,7 +110,8 @@ def write_dataset(
     """
     renderer = open_renderer(config.renderer)
     try:
-        manifest = {**asdict(config), "renderer": renderer.name, "words": len(words) if words else 0}
+        listed = hashlib.sha256("\n".join(words).encode()).hexdigest()[:12] if words else None
+        manifest = {**asdict(config), "renderer": renderer.name, "words": len(words or ()), "words_hash": listed}
         _refuse_other_set(out, manifest)
         _write_text(out / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
         questions: list[Question] = []

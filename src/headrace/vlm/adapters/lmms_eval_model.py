@@ -37,17 +37,17 @@ class HeadraceModel(lmms):
         self.answerer = model if model is not None else opener(source, device=device or "cpu", pruning=pruning)()
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """One answer per request, in their order."""
-        groups: dict[tuple[str, int], list[tuple[int, str, Any]]] = {}
+        """One answer per request, in their order. Pictures are opened when their questions' turn comes."""
+        groups: dict[tuple[str, int], list[tuple[int, Any, Any]]] = {}
         for index, request in enumerate(requests):
             messages_of, settings, doc_id, task, split = request.args[-5:]
             doc = self.task_dict[task][split][doc_id]
-            pictures, text = _parts(messages_of(doc))
             key = doc.get("image_path", f"{task}/{split}/{doc_id}") if isinstance(doc, dict) else f"{task}/{doc_id}"
-            groups.setdefault((key, int(settings.get("max_new_tokens", 128))), []).append((index, text, pictures))
+            groups.setdefault((key, int(settings.get("max_new_tokens", 128))), []).append((index, messages_of, doc))
         answers = [""] * len(requests)
         for (_, new_tokens), members in groups.items():
-            given = self.answerer.answer(members[0][2], [text for _, text, _ in members], max_new_tokens=new_tokens)
+            parts = [_parts(messages_of(doc)) for _, messages_of, doc in members]
+            given = self.answerer.answer(parts[0][0], [text for _, text in parts], max_new_tokens=new_tokens)
             for (index, _, _), answer in zip(members, given, strict=True):
                 answers[index] = answer
         return answers

@@ -22,7 +22,7 @@ from headrace.vlm.adapters.lmms_eval import document, process_results, task_name
 from headrace.vlm.vqa_data import TaskSet
 from headrace.vlm.vqa_model import opener, pruning_of
 
-COLUMNS = ("index", "image", "question", "answer", "category", "split", "uid", "record")
+COLUMNS = ("index", "image", "question", "answer", "category", "split", "uid", "record", "new_tokens")
 
 
 def write_tsv(tasks: TaskSet, data: Path, out: Path, *, prompts: PromptSet) -> Path:
@@ -41,7 +41,7 @@ def write_tsv(tasks: TaskSet, data: Path, out: Path, *, prompts: PromptSet) -> P
             row = document(question, data, prompts)
             picture = base64.b64encode((data / question.image).read_bytes()).decode()
             writer.writerow([index, picture, row["prompt"], row["answer"], question.task, question.split,
-                             row["uid"], row["record"]])  # fmt: skip
+                             row["uid"], row["record"], tasks.new_tokens[question.task]])  # fmt: skip
     return path
 
 
@@ -70,14 +70,14 @@ def dataset_class(names: list[str]) -> type:
         def supported_datasets(cls) -> list[str]:
             return list(names)
 
-        def build_prompt(self, line: Any) -> list[dict[str, str]]:
+        def build_prompt(self, line: Any) -> list[dict[str, Any]]:
             if isinstance(line, int):
                 line = self.data.iloc[line]
             pictures = self.dump_image(line)
-            return [
-                *({"type": "image", "value": path} for path in pictures),
-                {"type": "text", "value": line["question"]},
-            ]
+            text = {"type": "text", "value": line["question"]}
+            if "new_tokens" in line:  # for `HeadraceModel`; other models set their own limit
+                text["new_tokens"] = int(line["new_tokens"])
+            return [*({"type": "image", "value": path} for path in pictures), text]
 
         def evaluate(self, eval_file: str, **judge_kwargs: Any) -> dict[str, float]:
             return score_table(load(eval_file).to_dict("records"))
@@ -86,7 +86,11 @@ def dataset_class(names: list[str]) -> type:
 
 
 class HeadraceModel:
-    """A headrace or Hugging Face model in VLMEvalKit's form."""
+    """A headrace or Hugging Face model in VLMEvalKit's form.
+
+    Attributes:
+        new_tokens: Longest answer [tokens] where the message does not say, as those of other data sets.
+    """
 
     is_api = False
     INTERLEAVE = False
@@ -105,15 +109,16 @@ class HeadraceModel:
         """No: the dataset builds the prompt."""
         return False
 
-    def generate(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+    def generate(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
         """The answer to one message of pictures (paths) and texts."""
         return self.generate_inner(message, dataset)
 
-    def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+    def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
         """As `generate`."""
         pictures = [Path(part["value"]) for part in message if part["type"] == "image"]
         text = "\n".join(part["value"] for part in message if part["type"] == "text")
-        return self.answerer.answer(pictures, [text], max_new_tokens=self.new_tokens)[0]
+        limit = max((part["new_tokens"] for part in message if "new_tokens" in part), default=self.new_tokens)
+        return self.answerer.answer(pictures, [text], max_new_tokens=limit)[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +131,7 @@ class Launch:
         name: Name under which it is known.
         data: Names of tables written by `write_tsv`.
         prune, keep: Pruning method and budget.
+        device: Where the model runs.
     """
 
     run: Path
@@ -134,12 +140,15 @@ class Launch:
     data: tuple[str, ...] = ("flowlearn_sim_word", "flowlearn_sim_char", "flowlearn_sci", "flowvqa")
     prune: str | None = None
     keep: float | None = None
+    device: str = "cpu"
 
 
 def register(launch: Launch) -> None:
     """Insert the model and the dataset class into VLMEvalKit's tables."""
     models = import_module("vlmeval.config").supported_VLM
-    models[launch.name] = lambda **_: HeadraceModel(launch.source, prune=launch.prune, keep=launch.keep)
+    models[launch.name] = lambda **_: HeadraceModel(
+        launch.source, prune=launch.prune, keep=launch.keep, device=launch.device
+    )
     datasets = import_module("vlmeval.dataset")
     made = dataset_class(list(launch.data))
     datasets.DATASET_CLASSES.append(made)

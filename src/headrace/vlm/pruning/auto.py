@@ -53,12 +53,25 @@ def pruning_config(method: str, budget: Budget) -> PruningConfig:
 
 
 def pruning_to_dict(config: PruningConfig) -> dict[str, Any]:
-    """JSON-ready form, saved with results; `pruning_from_dict` reads it back."""
-    return {"pruning": type(config).__name__, **asdict(config)}
+    """JSON-ready form, saved with results; `pruning_from_dict` reads it back. `method` is there for readers."""
+    return {"pruning": type(config).__name__, "method": method_name(config), **asdict(config)}
+
+
+def method_name(config: PruningConfig) -> str:
+    """A method of `METHODS` by its settings; other switches are named behind it, such as `flowcut (every=4)`."""
+    budget = config.budget or Budget(share=1.0)
+    alike = {name: made for name, new in METHODS.items() if type(made := new(budget)) is type(config)}
+
+    def differing(made: PruningConfig) -> list[str]:
+        mine, plain = asdict(config), asdict(made)
+        return [f"{key}={value}" for key, value in mine.items() if key != "budget" and value != plain[key]]
+
+    name, switches = min(((n, differing(made)) for n, made in alike.items()), key=lambda pair: len(pair[1]))
+    return f"{name} ({', '.join(switches)})" if switches else name
 
 
 def pruning_from_dict(data: dict[str, Any]) -> PruningConfig:
-    """Rebuild settings from `pruning_to_dict`.
+    """Rebuild settings from `pruning_to_dict`; switches that are left out have their defaults.
 
     Raises:
         ValueError: Unknown kind or keys.
@@ -66,7 +79,7 @@ def pruning_from_dict(data: dict[str, Any]) -> PruningConfig:
     kind = data.get("pruning")
     if kind not in CONFIGS:
         raise ValueError(f"unknown pruning settings {kind!r} (known: {', '.join(CONFIGS)})")
-    return config_from_dict(CONFIGS[kind], {k: v for k, v in data.items() if k != "pruning"})
+    return config_from_dict(CONFIGS[kind], {k: v for k, v in data.items() if k not in ("pruning", "method")})
 
 
 def encoder_policy(config: PruningConfig, tower: Tower) -> NewPolicy | None:
@@ -87,7 +100,7 @@ def encoder_policy(config: PruningConfig, tower: Tower) -> NewPolicy | None:
         raise ValueError(f"last_layer must lie in 0..{tower.consumed}, the block whose features are used, got {last}")
 
     def new(batch: int, units: int, device: torch.device) -> Policy:
-        return FlowCutPolicy(config, batch=batch, units=units, last_layer=last, device=device)
+        return FlowCutPolicy(config, batch=batch, units=units, last_layer=last, device=device, crops=tower.crops)
 
     return new
 

@@ -5,6 +5,7 @@ adjusts what belongs to the dropped ones (rotary tables, picture borders). All a
 """
 # Shape letters in this file: B pictures, S tokens in a row, N patches, D width, M all patches of a packed run.
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,11 +29,13 @@ class EncoderReport:
     Attributes:
         kept: One list per picture (crop, frame): the units that stayed, in raster order of units.
         units: Units per picture before.
+        grids: Columns and rows of each picture's units, None where they are not known.
         facts: What the method adds, one entry per group of pictures cut together.
     """
 
     kept: list[list[int]] = field(default_factory=list)
     units: list[int] = field(default_factory=list)
+    grids: list[tuple[int, int] | None] = field(default_factory=list)
     facts: list[dict] = field(default_factory=list)
 
 
@@ -65,6 +68,7 @@ class EncoderCut:
         self.seen: list[Qkv] = []
         self.peeking = False
         self.sizes: list[int] = []
+        self.grids: list[tuple[int, int]] = []
         self.order: Tensor | None = None  # unit in the picture of each unit in the sequence, where they differ
         self.call: tuple[tuple, dict] = ((), {})
 
@@ -74,6 +78,8 @@ class EncoderCut:
         """Packed encoders: patches of each picture or frame, from the grid that the caller hands over."""
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         self.sizes = torch.repeat_interleave(grid[:, 1] * grid[:, 2], grid[:, 0]).tolist()
+        unit = self.tower.unit
+        self.grids = [(wide // unit, high // unit) for frames, high, wide in grid.tolist() for _ in range(frames)]
         if hasattr(self.tower.model, "get_window_index"):  # Qwen2.5-VL sorts units by window
             self.order = torch.as_tensor(self.tower.model.get_window_index(grid)[0])
 
@@ -250,8 +256,12 @@ class EncoderCut:
                 if self.order is not None:
                     kept = (self.order[kept + start] - start).sort().values
                 self.report.kept.append(kept.tolist())
-            self.report.units += [group.patches.units] * group.batch
+            units, side = group.patches.units, math.isqrt(group.patches.units)
+            self.report.units += [units] * group.batch
+            self.report.grids += [(side, side) if side * side == units else None] * group.batch
             self.report.facts.append(group.policy.facts())
+        if self.tower.packing == "packed":
+            self.report.grids = list(self.grids)
 
     def _marked(self, hidden: Tensor) -> Tensor:
         """Whole-length rows again, NaN where a patch was dropped, so that layouts of the picture still work."""

@@ -14,6 +14,11 @@ from torch import Tensor
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.pruning.scores import Criterion, best, cut_size, entropy_ratio, smoothed
 
+_CHOICES = {
+    "relay": ("auto", "cls", "mean"), "relay_softmax": ("with_cls", "patch_only"), "semantic_scale": ("none", "sqrt_d"),
+    "schedule": ("entropy", "uniform", "last"), "batch_rule": ("per_image", "max"),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlowCutConfig:
@@ -32,8 +37,8 @@ class FlowCutConfig:
         last_layer: Index of the layer after which the last cut happens; None is one layer before the one whose features
             are used, or that one if it is the encoder's last and nothing later exists.
         decoder: Cut once more inside the language model, to the budget counted over all visual tokens of the prompt.
-        encoder_factor: With `decoder`, the encoder keeps this many times the budget per picture that it sees: 2 for
-            Qwen2-VL; 0.5 for LLaVA-NeXT, which sees five crops of one picture.
+        encoder_factor: With `decoder`, the encoder keeps this many times the budget per picture that it sees. None is
+            2, but 0.5 of a number of tokens for models such as LLaVA-NeXT, which see a picture as several crops.
         decoder_layer: Index of the decoder layer after which that cut happens.
     """
 
@@ -48,7 +53,7 @@ class FlowCutConfig:
     batch_rule: Literal["per_image", "max"] = "per_image"
     last_layer: int | None = None
     decoder: bool = False
-    encoder_factor: float = 2.0
+    encoder_factor: float | None = None
     decoder_layer: int = 1
 
     def __post_init__(self) -> None:
@@ -59,21 +64,28 @@ class FlowCutConfig:
         unknown = set(self.criteria) - {"attention", "semantic", "density"}
         if unknown or not self.criteria:
             raise ValueError(f"criteria are attention, semantic and density, got {self.criteria}")
-        for name, allowed in (("schedule", ("entropy", "uniform", "last")), ("batch_rule", ("per_image", "max"))):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if self.encoder_factor <= 0:
+        if self.encoder_factor is not None and self.encoder_factor <= 0:
             raise ValueError(f"encoder_factor must be above 0, got {self.encoder_factor}")
         if self.decoder_layer < 0:
             raise ValueError(f"decoder_layer must not be negative, got {self.decoder_layer}")
 
-    def encoder_budget(self, count: int) -> int:
-        """Tokens of `count` that the encoder keeps; more than the budget when the decoder cuts again."""
+    def encoder_budget(self, count: int, *, crops: bool = False) -> int:
+        """Tokens of `count` that the encoder keeps; other than the budget when the decoder cuts again.
+
+        Args:
+            count: Tokens of one picture (crop, frame).
+            crops: Whether the model sees a picture as several crops, which share the budget of the decoder.
+        """
         if not self.decoder:
             return self.budget.of(count)
-        if self.budget.share is not None:
-            return min(count, max(1, round(self.budget.share * count * self.encoder_factor)))
-        return min(count, max(1, int((self.budget.tokens or 1) * self.encoder_factor)))
+        factor = self.encoder_factor
+        if self.budget.tokens is None:
+            return min(count, max(1, round((self.budget.share or 1.0) * count * (2.0 if factor is None else factor))))
+        factor = factor if factor is not None else 0.5 if crops else 2.0
+        return min(count, max(1, int(self.budget.tokens * factor)))
 
 
 @dataclass

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.pruning.observe import Qkv
-from headrace.vlm.pruning.peers import grid_units, outlier_count, prumerge, random_units, visionzip
+from headrace.vlm.pruning.peers import grid_units, outlier_count, picture_numbers, prumerge, random_units, visionzip
 from headrace.vlm.pruning.policy import Decision, Patches, Peek
 from headrace.vlm.pruning.scores import evidence
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlConfig:
-    """Selection that looks at nothing: `random` per picture from `seed`, or an even `grid`."""
+    """Selection that asks for no attention: an even `grid`, or `random`, drawn from `seed` and the picture.
+
+    Another picture gets another draw, the same picture the same one, wherever it stands in a run.
+    """
 
     budget: Budget
     choice: Literal["random", "grid"] = "random"
@@ -55,7 +58,8 @@ class PruMergeConfig:
 class FastVConfig:
     """FastV: the encoder keeps all; tokens leave after block `decoder_layer` of the language model.
 
-    The paper counts from the block that no longer sees them: its K is `decoder_layer + 1`.
+    The paper counts from the block that no longer sees them: its K is `decoder_layer + 1`. The prompt keeps the budget
+    times the pictures (crops, frames) in it, whichever of them the tokens belong to.
     """
 
     budget: Budget
@@ -90,7 +94,8 @@ class OutputPolicy:
             if config.choice == "grid":
                 chosen = grid_units(self.batch, self.units, count)
             else:
-                chosen = random_units(self.batch, self.units, count, seed=config.seed)
+                numbers = picture_numbers(hidden[:, patches.prefix :])
+                chosen = random_units(numbers, self.units, count, seed=config.seed)
             return Decision(chosen.to(hidden.device)) if count < self.units else None
         features = by_unit(hidden[:, patches.prefix :], patches)
         if isinstance(config, VisionZipConfig):

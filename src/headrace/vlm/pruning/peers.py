@@ -5,6 +5,8 @@ function. All but FastV select at the output of the encoder; FastV scores inside
 """
 # Shape letters in this file: B pictures, U units, K kept, P patches per unit, D widths, H heads, V visual tokens.
 
+import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,13 +22,27 @@ class Merged(NamedTuple):
     features: Tensor
 
 
-def random_units(batch: int, units: int, count: int, *, seed: int) -> Tensor:
-    """The control: `count` of `units`, drawn without replacement, int64 (B, K). Picture `b` depends on (seed, b)."""
+def random_units(pictures: Sequence[int], units: int, count: int, *, seed: int) -> Tensor:
+    """The control: `count` of `units`, drawn without replacement, int64 (B, K).
+
+    Args:
+        pictures: A number for each picture, see `picture_numbers`; a row depends on it and on `seed` alone.
+    """
     rows = []
-    for picture in range(batch):
+    for picture in pictures:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + picture)
         rows.append(torch.randperm(units, generator=generator)[:count].sort().values)
     return torch.stack(rows)
+
+
+def picture_numbers(features: Tensor) -> list[int]:
+    """A number of 32 bits for each picture, by what it shows.
+
+    Args:
+        features: (B, N, D). The number depends on where each width is largest: rounding, which differs with the batch
+            and the device, leaves that alone.
+    """
+    return [zlib.crc32(row.argmax(0).cpu().numpy().tobytes()) for row in features]
 
 
 def grid_units(batch: int, units: int, count: int) -> Tensor:

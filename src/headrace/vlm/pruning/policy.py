@@ -32,7 +32,7 @@ class Patches(NamedTuple):
 
     def per_unit(self, values: Tensor, present: Tensor) -> Tensor:
         """Sums over the patches of each present unit: (B, N) -> (B, U), `present` being int64 (B, U) unit numbers."""
-        if self.units == self.unit.shape[1]:  # one patch per unit and none gone
+        if self.units == self.unit.shape[1] == present.shape[1]:  # one patch per unit and none gone
             return values
         real = values if self.valid is None else values.masked_fill(~self.valid, 0)
         sums = torch.zeros(len(values), self.units, dtype=values.dtype, device=values.device)
@@ -95,10 +95,19 @@ def ask(seen: Qkv, patches: Patches, config: FlowCutConfig) -> Evidence:
 class FlowCutPolicy:
     """FlowCut over the units of a batch of pictures."""
 
-    def __init__(self, config: FlowCutConfig, *, batch: int, units: int, last_layer: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: FlowCutConfig,
+        *,
+        batch: int,
+        units: int,
+        last_layer: int,
+        device: torch.device,
+        crops: bool = False,
+    ) -> None:
         self.config = config
         self.last_layer = last_layer
-        self.target = config.encoder_budget(units)
+        self.target = config.encoder_budget(units, crops=crops)
         self.trace = FlowCutTrace.start(batch, units, device)
 
     def wants(self, layer: int) -> bool:

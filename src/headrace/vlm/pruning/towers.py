@@ -26,6 +26,7 @@ class Tower:
         unit_order: Whether the patches of a unit lie side by side in the sequence, or in raster order of the picture.
         projector: Module after the encoder that treats each token by itself, None when unknown.
         skips_rest: Whether nothing reads what comes after the consumed block.
+        crops: Whether the model cuts a picture into several crops and joins their tokens, as LLaVA-NeXT does.
     """
 
     model: Any
@@ -39,6 +40,7 @@ class Tower:
     unit_order: Literal["consecutive", "raster"] = "raster"
     projector: nn.Module | None = None
     skips_rest: bool = False
+    crops: bool = False
 
     def units(self, tokens: int, device: torch.device) -> Tensor:
         """Unit number of each of a picture's `tokens` patches, int64 (N,).
@@ -94,6 +96,7 @@ def find_tower(model: Any, *, feature_layer: int | None = None, video: bool = Fa
         unit_order="consecutive" if packed else "raster",
         projector=tower.merger if packed else _projector(inner) if held is not None else None,
         skips_rest=getattr(config, "vision_feature_layer", None) is not None,
+        crops=held is not None and hasattr(inner, "image_newline"),
     )
 
 
