@@ -38,7 +38,7 @@ class PretrainSettings:
         batch_size: Samples per update, over all processes.
         lr: Learning rate after `warmup` updates.
         schedule: `constant`, or a `cosine` to a tenth.
-        move: Pictures are moved by up to so many pixels [px]; not for frames as ids.
+        move: Pictures are moved by up to so many pixels [px]; only where neither context nor future frame is ids.
         precision: Of the forward pass; `auto` is bf16 where the device multiplies it natively, else fp32.
         checkpointing: Whether activations are computed again in the backward pass, for memory.
     """
@@ -104,7 +104,7 @@ def config_for(
     future = fields != "la"
     if encoder is None and (future or isinstance(trunk.image, FrameCodesConfig)):
         raise ValueError(f"fields {fields!r} need a frame tokenizer")
-    header = labels.header
+    header, strides = labels.header, set(labels.stride.tolist())
     record = PretrainingRecord(
         history=trunk.history,
         rate=labelled_rate(labels),
@@ -113,6 +113,7 @@ def config_for(
         future=future,
         lam_hash=header.lam_hash,
         tokenizer_hash="" if encoder is None else encoder_hash(encoder),
+        stride=strides.pop() if len(strides) == 1 else 1,
     )
     more: dict[str, Any] = {}
     if encoder is not None:
