@@ -26,7 +26,7 @@ from headrace.cli.label import label
 from headrace.cli.pretrain import pretrain
 from headrace.cli.rollout import rollout
 from headrace.datasets.video_clips import VideoClips
-from headrace.datasets.video_source import open_source
+from headrace.datasets.video_source import open_sources
 
 RECIPES = Path(__file__).resolve().parents[1]
 STAGES = ("videos", "tokenizer", "lam", "labels", "pretrain", "demonstrations", "finetune", "rollout")
@@ -138,7 +138,7 @@ def pictures_of(videos: tuple[str, ...], folder: Path, count: int, crop: tuple[i
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        corpus = VideoClips([open_source(path) for path in videos], image_size=224)
+        corpus = VideoClips(open_sources(videos), image_size=224)
         left, top, side = crop
         each = max(1, count // len(corpus))
         for video in range(len(corpus)):
@@ -177,11 +177,6 @@ def main(story: Story) -> None:
         pictures = pictures_of(videos, out / "pictures", size.token_frames, (left, top, side))
         train_tokenizer(pictures, out / "tokenizer", steps=size.token_steps, seed=story.seed)
     if tell("lam", story) and story.lam is None and not lam.exists():
-        plain = [path for path in videos if Path(path).exists() and not (Path(path) / "meta" / "info.json").is_file()]
-        if plain:
-            raise ValueError(
-                f"the recipe of latent actions reads LeRobot datasets; for {plain[0]} name a trained --lam"
-            )
         command = [sys.executable, str(RECIPES / "latent_actions.py"), "--data", *videos, "--out", str(out / "lam")]
         command += ["--steps", str(size.lam_steps), "--seed", str(story.seed), "--stride", str(size.stride)]
         command += ["--window", *(f"{edge / 224:.4f}" for edge in (left, top, side))]  # what the policy sees

@@ -18,7 +18,9 @@ from headrace.robot.latent_action import LatentActionModel
 
 def model_hash(model: LatentActionModel) -> str:
     """Hash of a model's config and of the weights that make labels, 16 hexadecimal digits; the decoder is left out."""
-    digest = sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    config = asdict(model.config)
+    del config["features"]["frozen"]  # says how the weights came about, not what they are
+    digest = sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("decoder.") and name != "quantizer.usage":
             digest.update(name.encode())
