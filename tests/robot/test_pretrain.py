@@ -130,6 +130,21 @@ def test_cached_tokens_go_on_after_a_kill_and_know_their_corpus(folder, tmp_path
         FrameTokens(own, other)
 
 
+def test_processes_share_the_parts_of_the_cache(folder, tmp_path):
+    _, data, encoder = setup(folder)
+    whole = cache_tokens(data.corpus, encoder, tmp_path / "one", crop=(0, 0, 64), frames_per_part=6)
+    made: list[int] = []
+    options = {"crop": (0, 0, 64), "frames_per_part": 6, "done": lambda part, _: made.append(part)}
+
+    def second() -> None:  # runs while the first process waits
+        made.append(-1)
+        cache_tokens(data.corpus, encoder, tmp_path / "two", shard=(1, 2), **options)
+
+    shared = cache_tokens(data.corpus, encoder, tmp_path / "two", shard=(0, 2), wait=second, **options)
+    assert made == [*range(0, whole.header.parts, 2), -1, *range(1, whole.header.parts, 2)] and whole.header.parts > 1
+    assert torch.equal(shared.read(np.array([1, 2]), np.array([4, 0])), whole.read(np.array([1, 2]), np.array([4, 0])))
+
+
 def test_a_damaged_video_ends_neither_the_cache_nor_the_batches(folder, tmp_path, monkeypatch):
     model, data, encoder = setup(folder)
     read = VideoClips.read

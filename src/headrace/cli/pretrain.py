@@ -70,6 +70,8 @@ def pretrain(
         track: Also log to TensorBoard or Weights & Biases.
     """
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from headrace.datasets.latent_labels import LatentLabels
     from headrace.datasets.video_source import open_sources
@@ -102,10 +104,15 @@ def pretrain(
     if language is not None:
         stage.start_from_language_model(model, language)
     sources = open_sources(data, strides=stride, rate=rate)
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if encoder is not None:
+        encoder.to(processes.device)
     samples = stage.open_data(
         sources, found, config, encoder, cache or out / stage.TOKEN_FOLDER, decode=decode,
         done=lambda part, parts: print(f"frames as ids: part {part + 1} of {parts}", flush=True),
+        shard=(processes.process_index, processes.num_processes), wait=processes.wait_for_everyone,
     )  # fmt: skip
+    del encoder  # its memory on the device
     settings = stage.PretrainSettings(
         steps=steps,
         batch_size=batch_size,

@@ -1,6 +1,6 @@
 """Pretraining from labelled videos: what belongs together is checked, then the one training loop runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,8 +137,12 @@ def open_data(
     *,
     decode: Decode = "cache",
     done: Any = lambda part, parts: None,
+    shard: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> PretrainingData:
     """Samples of labelled videos; frames are tokenised into `cache` where that is not done yet.
+
+    The encoder works where it lies; `done`, `shard` and `wait` are those of `cache_tokens`.
 
     Raises:
         ValueError: The labels are of another corpus, or do not fit the config.
@@ -150,7 +154,8 @@ def open_data(
         )
     tokens: FrameTokens | None = None
     if encoder is not None:
-        tokens = cache_tokens(corpus, encoder, cache, crop=(*config.crop, config.image.size), done=done)
+        crop = (*config.crop, config.image.size)
+        tokens = cache_tokens(corpus, encoder, cache, crop=crop, done=done, shard=shard, wait=wait)
     return PretrainingData(labels, corpus, tokens, config)
 
 

@@ -109,6 +109,8 @@ def cache_tokens(
     batch_size: int = 64,
     frames_per_part: int = 20_000,
     done: Callable[[int, int], None] = lambda part, parts: None,
+    shard: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> FrameTokens:
     """Tokenise a corpus into a folder of its own below `folder`; parts that are there already stay.
 
@@ -122,6 +124,8 @@ def cache_tokens(
         batch_size: Frames at a time.
         frames_per_part: About so many frames a file.
         done: Called with (part, parts) after each part.
+        shard: This process's number and the number of processes; it does the parts that leave this remainder.
+        wait: Returns when all processes have called it; every one of them reads the finished cache.
 
     Raises:
         ValueError: The encoder gives no codes, or the crop leaves the picture.
@@ -143,12 +147,15 @@ def cache_tokens(
         parts=len(groups),
     )
     own = folder / sha256(json.dumps(asdict(header)).encode()).hexdigest()[:16]
+    rank, world = shard
     for part, videos in enumerate(groups):
-        if not _part_path(own, part).is_file():
+        if part % world == rank and not _part_path(own, part).is_file():
             _write_part(corpus, encoder.eval(), videos, header, _part_path(own, part), batch_size)
             done(part, len(groups))
     text = json.dumps(asdict(header), indent=2) + "\n"
-    write_atomically(own / HEADER_FILE, lambda path: void(path.write_text(text)))
+    if rank == 0:
+        write_atomically(own / HEADER_FILE, lambda path: void(path.write_text(text)))
+    wait()
     return FrameTokens(own, corpus)
 
 
