@@ -9,7 +9,7 @@ says how fast the policy reacts.
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -82,15 +82,16 @@ def main(settings: Settings) -> None:
     """Time both heads of one network, batch 1, float32."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(0)
-    config = network(Shape(width=settings.width, layers=settings.layers))
+    timing = Shape(width=settings.width, layers=settings.layers, repeats=settings.repeats)
+    config = network(timing)
     inputs = PolicyInput(
         torch.randint(0, 256, (1, 1, 1, 256, 256, 3), dtype=torch.uint8), torch.zeros(1, 0), torch.tensor([[2, 3, 4]])
     )
     flow, noise = VipraPolicy(config).eval(), torch.randn(1, 14, 7)
     solver = SolverSettings(method="euler", steps=settings.steps)
     difference = (flow.sample(inputs, noise, solver) - flow.sample_uncached(inputs, noise, solver)).abs().max()
-    cached = median_ms(lambda: flow.sample(inputs, noise, solver), settings.repeats)
-    uncached = median_ms(lambda: flow.sample_uncached(inputs, noise, solver), settings.repeats)
+    cached = median_ms(lambda: flow.sample(inputs, noise, solver), timing)
+    uncached = median_ms(lambda: flow.sample_uncached(inputs, noise, solver), timing)
     print(json.dumps(report("flow", settings, cached, uncached, float(difference))), flush=True)
 
     edges = tuple(i / settings.bins * 2 - 1 for i in range(settings.bins + 1))
@@ -98,8 +99,8 @@ def main(settings: Settings) -> None:
     table = ActionBinsConfig(edges=(edges,) * 7, values=(middles,) * 7)
     bins = VipraBins(VipraBinsConfig(**shared_fields(config, ActorConfig), bins=table)).eval()
     difference = (bins.sample(inputs) - write_uncached(bins, inputs)).abs().max()
-    cached = median_ms(lambda: bins.sample(inputs), settings.repeats)
-    uncached = median_ms(lambda: write_uncached(bins, inputs), 1)
+    cached = median_ms(lambda: bins.sample(inputs), timing)
+    uncached = median_ms(lambda: write_uncached(bins, inputs), replace(timing, repeats=1))
     print(json.dumps(report("bins", settings, cached, uncached, float(difference))))
 
 

@@ -1,8 +1,9 @@
 """Train a tiny latent action model on videos of a simulated arm, label held-out videos, and ask what the codes know.
 
-The videos come from LeRobot datasets (`headrace collect --task PickCube-v1 --out data/PickCube-v1`); their actions are
-not read. The states are, afterwards, for the probe: how much of the end effector's motion a linear map reads from the
-codes of episodes that neither the model nor the probe has seen.
+The videos come from LeRobot datasets (`headrace collect --task PickCube-v1 --out data/PickCube-v1`), whose actions are
+not read, or from folders of video files. The states are, afterwards, for the probe: how much of the end effector's
+motion a linear map reads from the codes of episodes that neither the model nor the probe has seen. Where a source has
+no such states there is no probe.
 
     python recipes/latent_actions.py --data data/PickCube-v1 data/PushCube-v1 data/StackCube-v1 --out runs/lam
 
@@ -21,7 +22,7 @@ import tyro
 
 from headrace.datasets.lerobot_files import read_columns, read_info, vector_names
 from headrace.datasets.video_clips import ClipBatches, VideoClips
-from headrace.datasets.video_source import lerobot_videos
+from headrace.datasets.video_source import open_sources
 from headrace.nn.optical_flow import LucasKanade
 from headrace.nn.quantizers.dead_codes import DeadCodeSchedule
 from headrace.robot.latent_action import LatentActionModel
@@ -38,7 +39,8 @@ from headrace.training.schedule import Schedule
 class Recipe:
     """Settings of the run; all numbers of the report follow from them."""
 
-    data: tuple[str, ...]  # LeRobot datasets
+    data: tuple[str, ...]  # LeRobot datasets or folders of video files
+    weights: tuple[float, ...] = ()  # share of each of them in the batches; by number of videos if empty
     out: Path
     steps: int = 600
     batch_size: int = 32
@@ -80,15 +82,18 @@ def config_of(recipe: Recipe) -> LatentActionConfig:
 
 
 def split(recipe: Recipe) -> tuple[VideoClips, VideoClips]:
-    """Training and held-out videos."""
-    whole = [lerobot_videos(path, stride=recipe.stride) for path in recipe.data]
+    """Training and held-out videos; a source with too few for the latter is in training alone."""
+    whole = open_sources(recipe.data, strides=(recipe.stride,))
+    if all(len(source.videos) < recipe.held_out for source in whole):
+        raise ValueError(f"every {recipe.held_out}th video is held out, and no source has so many; lower --held-out")
     parts = []
     for held in (False, True):
         sources = []
         for source in whole:
             keep = [i for i in range(len(source.videos)) if (i % recipe.held_out == recipe.held_out - 1) == held]
             videos, strides = tuple(source.videos[i] for i in keep), tuple(source.strides[i] for i in keep)
-            sources.append(replace(source, videos=videos, strides=strides))
+            if keep:
+                sources.append(replace(source, videos=videos, strides=strides))
         parts.append(VideoClips(sources, image_size=recipe.image_size, window=recipe.window))
     return parts[0], parts[1]
 
@@ -99,13 +104,19 @@ def dead_codes(recipe: Recipe) -> DeadCodeSchedule:
     return DeadCodeSchedule(phases=((first + 1, max(first + 1, last), 20),))
 
 
-def end_effector(corpus: VideoClips, prefix: str) -> dict[tuple[str, str], np.ndarray]:
-    """Where the end effector is in each frame [mm], by source and video."""
+def end_effector(corpus: VideoClips, prefix: str) -> dict[tuple[str, str], np.ndarray] | None:
+    """Where the end effector is in each frame [mm], by source and video; None where a source does not say."""
     found = {}
     for source in corpus.sources:
+        if not source.camera:  # a folder of video files
+            return None
         features = read_info(source.folder)["features"]
+        if "observation.state" not in features:
+            return None
         names = vector_names(features, ["observation.state"], source.folder)
         keep = [i for i, name in enumerate(names) if name.startswith(prefix)]
+        if not keep:
+            return None
         columns = read_columns(source.folder, ["episode_index", "observation.state"])
         for video in source.videos:
             rows = columns["episode_index"] == int(video.name.removeprefix("episode_"))
@@ -149,7 +160,11 @@ def main(recipe: Recipe) -> None:
             loss, dead_codes(recipe), optimizer, unquantized=round(recipe.unquantized * recipe.steps)
         ),
         optimizer,
-        StepBatches(ClipBatches(training, recipe.batch_size, frames=recipe.frames, seed=recipe.seed)),
+        StepBatches(
+            ClipBatches(
+                training, recipe.batch_size, frames=recipe.frames, seed=recipe.seed, weights=recipe.weights or None
+            )
+        ),
         steps=recipe.steps,
         out=recipe.out,
         resume=recipe.resume,
@@ -159,9 +174,11 @@ def main(recipe: Recipe) -> None:
         precision="auto",
         checkpoint_every=max(1, recipe.steps // 2),
         settings=settings,
+        find_unused=recipe.unquantized > 0,  # the codebook has no gradient until codes take over
     )
     model.save_pretrained(recipe.out / "model")
-    positions = end_effector(training, recipe.state_prefix) | end_effector(held_out, recipe.state_prefix)
+    parts = [end_effector(part, recipe.state_prefix) for part in (training, held_out)]
+    positions = None if parts[0] is None or parts[1] is None else parts[0] | parts[1]
     report = {
         "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
         "parameters": sum(p.numel() for p in model.parameters()),

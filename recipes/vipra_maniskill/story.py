@@ -26,7 +26,7 @@ from headrace.cli.label import label
 from headrace.cli.pretrain import pretrain
 from headrace.cli.rollout import rollout
 from headrace.datasets.video_clips import VideoClips
-from headrace.datasets.video_source import open_source
+from headrace.datasets.video_source import open_sources
 
 RECIPES = Path(__file__).resolve().parents[1]
 STAGES = ("videos", "tokenizer", "lam", "labels", "pretrain", "demonstrations", "finetune", "rollout")
@@ -42,7 +42,9 @@ class Size:
         crop: (left, top) of the square that the network sees of the 224 px pictures; None is the middle.
         videos: Episodes per task that are rendered and whose actions are never read.
         demonstrations: Episodes per task that the policy is trained on.
-        horizon: Steps from the present to the future frame, and actions of a chunk.
+        stride: Frames of the videos between neighbouring frames of latent actions, labels and pretraining.
+        label_horizon: Steps of that stride from the present to the future frame.
+        horizon: Actions of a chunk, at the control rate.
         token_frames, token_steps: Pictures and updates of the tokenizer.
         lam_steps: Updates of the latent action model.
         pretrain_steps, pretrain_batch: Updates and samples of pretraining.
@@ -54,6 +56,8 @@ class Size:
     crop: tuple[int, int] | None
     videos: int
     demonstrations: int
+    stride: int
+    label_horizon: int
     horizon: int
     token_frames: int
     token_steps: int
@@ -66,12 +70,13 @@ class Size:
 
 
 SMOKE = Size(
-    network="tiny", crop=(80, 96), videos=6, demonstrations=2, horizon=4, token_frames=64, token_steps=4, lam_steps=6,
-    pretrain_steps=6, pretrain_batch=8, finetune_steps=6, finetune_batch=8, episodes=2,
+    network="tiny", crop=(80, 96), videos=6, demonstrations=2, stride=2, label_horizon=2, horizon=4, token_frames=64,
+    token_steps=4, lam_steps=6, pretrain_steps=6, pretrain_batch=8, finetune_steps=6, finetune_batch=8, episodes=2,
 )  # fmt: skip
 CPU = Size(
-    network="small", crop=(48, 76), videos=200, demonstrations=25, horizon=14, token_frames=4000, token_steps=800,
-    lam_steps=1200, pretrain_steps=2000, pretrain_batch=64, finetune_steps=2000, finetune_batch=64, episodes=100,
+    network="small", crop=(48, 76), videos=200, demonstrations=25, stride=4, label_horizon=4, horizon=14,
+    token_frames=4000, token_steps=800, lam_steps=1200, pretrain_steps=2000, pretrain_batch=64, finetune_steps=2000,
+    finetune_batch=64, episodes=100,
 )  # fmt: skip
 GPU = replace(
     CPU, videos=1000, token_frames=20_000, token_steps=6000, lam_steps=8000, pretrain_steps=12_000, pretrain_batch=128,
@@ -133,7 +138,7 @@ def pictures_of(videos: tuple[str, ...], folder: Path, count: int, crop: tuple[i
     done = folder / "done"
     if not done.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        corpus = VideoClips([open_source(path) for path in videos], image_size=224)
+        corpus = VideoClips(open_sources(videos), image_size=224)
         left, top, side = crop
         each = max(1, count // len(corpus))
         for video in range(len(corpus)):
@@ -172,18 +177,21 @@ def main(story: Story) -> None:
         pictures = pictures_of(videos, out / "pictures", size.token_frames, (left, top, side))
         train_tokenizer(pictures, out / "tokenizer", steps=size.token_steps, seed=story.seed)
     if tell("lam", story) and story.lam is None and not lam.exists():
-        plain = [path for path in videos if Path(path).exists() and not (Path(path) / "meta" / "info.json").is_file()]
-        if plain:
-            raise ValueError(
-                f"the recipe of latent actions reads LeRobot datasets; for {plain[0]} name a trained --lam"
-            )
         command = [sys.executable, str(RECIPES / "latent_actions.py"), "--data", *videos, "--out", str(out / "lam")]
-        command += ["--steps", str(size.lam_steps), "--seed", str(story.seed)]
+        command += ["--steps", str(size.lam_steps), "--seed", str(story.seed), "--stride", str(size.stride)]
         command += ["--window", *(f"{edge / 224:.4f}" for edge in (left, top, side))]  # what the policy sees
         command += ["--resume"] if resumed(out / "lam") else []
         subprocess.run(command, check=True)
     if tell("labels", story):
-        label(lam, data=videos, out=out / "labels", horizon=size.horizon, device=device, decode="cache")
+        label(
+            lam,
+            data=videos,
+            out=out / "labels",
+            stride=(size.stride,),
+            horizon=size.label_horizon,
+            device=device,
+            decode="cache",
+        )
     if tell("pretrain", story):
         pretrain(
             data=videos,
@@ -191,6 +199,7 @@ def main(story: Story) -> None:
             out=out / f"pretrain_{story.fields}",
             tokenizer=str(tokenizer),
             lam=lam,
+            stride=(size.stride,),
             size=size.network,  # type: ignore[arg-type]
             fields=story.fields,  # type: ignore[arg-type]
             crop=(left, top),
@@ -200,7 +209,6 @@ def main(story: Story) -> None:
             lr=5e-4,
             warmup=size.pretrain_steps // 20,
             schedule="cosine",
-            move=4,
             seed=story.seed,
             resume=resumed(out / f"pretrain_{story.fields}"),
         )
@@ -214,6 +222,7 @@ def main(story: Story) -> None:
             init=str(out / f"pretrain_{story.fields}" / "model"),
             head=story.head,  # type: ignore[arg-type]
             demonstrations=size.demonstrations,
+            horizon=size.horizon,
             lam=lam,
             steps=size.finetune_steps,
             batch_size=size.finetune_batch,

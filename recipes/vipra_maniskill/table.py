@@ -42,6 +42,7 @@ class Table:
         arms: Columns, names of `ARMS`.
         seeds: Of fine-tuning.
         steps, batch_size, lr: Of fine-tuning, the same for all.
+        horizon: Actions of a chunk, at the control rate.
         episodes: Per cell and task, from seed 0 on.
         execute: Actions of a chunk that are carried out.
     """
@@ -56,6 +57,7 @@ class Table:
     steps: int = 2000
     batch_size: int = 64
     lr: float = 5e-4
+    horizon: int = 14
     episodes: int = 100
     execute: int = 7
     processes: int = 1
@@ -77,6 +79,7 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
         init=str(table.story / f"pretrain_{fields}" / "model"),
         carry=arm != "scratch",
         demonstrations=budget,
+        horizon=table.horizon,
         seed=seed,
     )
     sources = table.demonstrations or tuple(str(table.story / "demonstrations" / task) for task in table.tasks)

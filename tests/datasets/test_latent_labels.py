@@ -1,6 +1,7 @@
 """Labels on disk come back as written, and those of another model, run or corpus are refused."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ HEADER = LabelHeader(
     image_size=64,
     corpus="fedcba9876543210",
     parts=2,
+    rows_per_part=5,
+    every=1,
     sources=(LabelledSource(name="pick", videos=2, frames=9, rate=20.0),),
 )
 
@@ -57,6 +60,14 @@ def test_rows_come_back_in_order(written):
 def test_labels_of_another_model_are_refused(written):
     with pytest.raises(ValueError, match=r"made by lam .0123456789abcdef., not by .*ffff"):
         LatentLabels(written[0], lam_hash="ffff")
+
+
+def test_labels_of_the_layout_before_are_refused(written):
+    path = written[0] / "labels.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("rows_per_part", "every")}
+    path.write_text(json.dumps(old | {"format": 1}))
+    with pytest.raises(ValueError, match=r"has layout 1, this headrace reads 2: .* label again"):
+        LatentLabels(written[0])
 
 
 def test_part_of_another_run_is_refused(written):

@@ -1,5 +1,7 @@
 """Clips of files and of LeRobot datasets: the right frames, the right shares, and damaged files that stop nothing."""
 
+import os
+import shutil
 from fractions import Fraction
 
 import av
@@ -10,7 +12,7 @@ import torch
 from headrace.datasets.video_clips import ClipBatches, VideoClips
 from headrace.datasets.video_reader import read_frames
 from headrace.datasets.video_scan import BadVideo, scan_video, scan_videos
-from headrace.datasets.video_source import lerobot_videos, open_source, video_folder
+from headrace.datasets.video_source import lerobot_videos, open_source, open_sources, video_folder
 
 
 def shade(video, frame):
@@ -205,6 +207,34 @@ def test_episodes_of_a_lerobot_dataset_are_those_that_demonstrations_give(kind, 
         np.testing.assert_array_equal(corpus.read(number, wanted), expected)
     with pytest.raises(ValueError, match="no camera side"):
         lerobot_videos(path, camera="side")
+
+
+def test_a_corpus_is_known_by_its_files_and_its_camera_not_by_dates(tmp_path, video_dataset):
+    def mark(folder):
+        return VideoClips([video_folder(folder, name="clips")], image_size=16).fingerprint()
+
+    path = write_video(tmp_path / "a" / "x.mp4")
+    first = mark(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    os.utime(tmp_path / "b" / "x.mp4", (1, 1))
+    assert mark(tmp_path / "b") == first
+    write_video(path, video=3)  # rendered again, as long as before
+    assert mark(tmp_path / "a") != first
+    cameras = [VideoClips([lerobot_videos(video_dataset, camera=name)], image_size=16) for name in ("base", "wrist")]
+    assert cameras[0].fingerprint() != cameras[1].fingerprint()
+
+
+def test_folders_of_one_name_are_told_apart_by_the_one_above(tmp_path):
+    for place in ("left", "right"):
+        write_video(tmp_path / place / "clips" / "x.mp4", fps=10)
+    write_video(tmp_path / "other" / "x.mp4")
+    paths = [tmp_path / "left" / "clips", tmp_path / "right" / "clips", tmp_path / "other"]
+    sources = open_sources(paths, strides=(1, 2, 1))
+    assert [source.name for source in sources] == ["left/clips", "right/clips", "other"]
+    assert [source.rate for source in sources] == [10.0, 5.0, 10.0]
+    assert len(VideoClips(sources, image_size=16)) == 3
+    with pytest.raises(ValueError, match="3 sources need one stride or as many"):
+        open_sources(paths, strides=(1, 2))
 
 
 def test_a_folder_is_opened_by_what_it_holds(video_dataset, folder):

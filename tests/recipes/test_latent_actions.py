@@ -49,3 +49,35 @@ def test_the_recipe_trains_judges_and_saves(tmp_path):
     assert report["transitions"] == 9 and 0 < report["used"] <= 1
     model = LatentActionModel.from_pretrained(tmp_path / "run" / "model")
     assert model.config.residual and model.config.fps == 10 and model.config.window == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.slow
+def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path):
+    import av
+
+    random = np.random.default_rng(0)
+    for place in ("left", "right"):
+        (tmp_path / place / "clips").mkdir(parents=True)
+        for number in range(3):
+            with av.open(str(tmp_path / place / "clips" / f"{number}.mp4"), "w") as container:
+                stream = container.add_stream("libx264", rate=10, options={"crf": "10"})
+                stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+                texture = np.kron(random.integers(0, 255, (8, 20, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+                for step in range(10):
+                    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(texture[:, 4 * step :][:, :32]))
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode())
+    command = [sys.executable, ROOT / "recipes" / "latent_actions.py", "--data"]
+    command += [tmp_path / place / "clips" for place in ("left", "right")]
+    options = {"out": tmp_path / "run", "steps": 2, "batch-size": 4, "width": 32, "image-size": 32, "held-out": 3}
+    flags = [part for name, value in options.items() for part in (f"--{name}", value)] + ["--weights", 1, 3]
+    environment = os.environ | {
+        "HEADRACE_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT / "src"),
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run([*map(str, command), *map(str, flags)], check=True, env=environment)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["probe"] is None and report["transitions"] > 0
+    logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert {"used", "perplexity", "dead"} <= set(logged)

@@ -1,5 +1,6 @@
 """Labels of a corpus: the right transition in the right place, whole parts, and no mixing of models."""
 
+import shutil
 from dataclasses import replace
 
 import av
@@ -98,6 +99,10 @@ def test_another_model_or_other_settings_are_refused(model, corpus, tmp_path):
         label_corpus(LatentActionLabeler(other, horizon=3), corpus, tmp_path, name="other")
     with pytest.raises(ValueError, match="horizon 3, now it is 4"):
         label_corpus(LatentActionLabeler(model, horizon=4), corpus, tmp_path, name="lam")
+    with pytest.raises(ValueError, match="every 1, now it is 2"):
+        label_corpus(LatentActionLabeler(model, horizon=3, every=2), corpus, tmp_path, name="lam")
+    with pytest.raises(ValueError, match="rows_per_part 50000, now it is 60000"):
+        label_corpus(LatentActionLabeler(model, horizon=3), corpus, tmp_path, name="lam", rows_per_part=60_000)
     with pytest.raises(ValueError, match="not by the model named in the config"):
         LatentLabels(tmp_path, lam_hash=model_hash(other))
 
@@ -114,6 +119,30 @@ def test_videos_of_another_rate_are_refused_unless_named(corpus, tmp_path):
     )
     with pytest.raises(ValueError, match="only 'rate' can be overridden"):
         LabelJob(**job, strides=(1,), override=("speed",))
+
+
+def test_videos_of_a_folder_are_compared_one_by_one(corpus, tmp_path):
+    """Half of them at another rate: refused by none, left out, and the labels say the rate of the rest."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(corpus.sources[0].folder, folder, ignore=shutil.ignore_patterns("cache"))
+    with av.open(str(folder / "3.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        for step in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 9 * step, np.uint8))))
+        container.mux(stream.encode())
+    LatentActionModel(replace(new_model().config, fps=10.0)).save_pretrained(tmp_path / "lam")
+    job = LabelJob(model=tmp_path / "lam", data=(str(folder),), horizon=2)
+    with pytest.warns(UserWarning, match=r"left out 1 of 4 videos \(1 not of 10 steps a second\)"):
+        label_corpus(*job.open(), tmp_path / "labels", name="lam")
+    labels = LatentLabels(tmp_path / "labels")
+    assert "3.mp4" not in labels.video and labels.header.sources[0].rate == 10.0
+    assert label_corpus(*replace(job, rate=10.0).open(), tmp_path / "rate", name="lam").skipped == 0
+    assert set(LatentLabels(tmp_path / "rate").stride[LatentLabels(tmp_path / "rate").video == "3.mp4"]) == {2}
+    assert label_corpus(*replace(job, override=("rate",)).open(), tmp_path / "all", name="lam").skipped == 0
+    LatentActionModel(replace(new_model().config, fps=7.0)).save_pretrained(tmp_path / "slow")
+    with pytest.raises(ValueError, match="7 steps a second, mixed has 10 to 20"):
+        replace(job, model=tmp_path / "slow").open()
 
 
 def test_a_window_of_the_pictures_is_labelled_as_it_was_learned(corpus, tmp_path):

@@ -7,6 +7,7 @@ from headrace.robot.latent_action_loss import (
     LatentActionLoss,
     LatentActionLossConfig,
     LossSchedule,
+    feature_loss,
     flow_consistency,
     pixel_loss,
 )
@@ -78,6 +79,44 @@ def test_every_enabled_term_changes_the_gradient():
     pixel_loss(plain, clip[:, 1:]).backward()
     assert not torch.allclose(plain.grad, gradients[0])
     assert not torch.allclose(gradients[0], gradients[1]) and not torch.allclose(gradients[1], gradients[2])
+
+
+class Gradientless:
+    """Flow of two pictures as KL-tracing gives it: true, and of no use for predicted ones."""
+
+    def __init__(self):
+        self.inner = LucasKanade(levels=2)
+
+    @torch.no_grad()
+    def __call__(self, a, b):
+        return self.inner(a, b)
+
+
+def test_flow_without_a_gradient_is_refused_at_the_first_batch_and_serves_as_the_truth():
+    config = LatentActionLossConfig(perceptual=0.0, flow=LossSchedule(start=1000, weight=1.0))
+    clip, frames = torch.cat((moving(1)[:, :1], moving(1)), 1), moving(2).requires_grad_()
+    with pytest.raises(ValueError, match=r"Gradientless gives flow without a gradient.* as `truth`"):
+        LatentActionLoss(config, estimate=Gradientless())(predicted(frames), clip, step=0)
+    loss = LatentActionLoss(config, estimate=LucasKanade(levels=2), truth=Gradientless())
+    terms = loss(predicted(frames), clip, step=2000)
+    assert (
+        terms["flow"]
+        == LatentActionLoss(config, estimate=LucasKanade(levels=2))(predicted(frames), clip, step=2000)["flow"]
+    )
+    terms["flow"].backward()
+    assert frames.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="without a gradient"):
+        flow_consistency(Gradientless(), frames, clip[:, 1:])
+    with torch.no_grad():  # nothing is to be learned
+        flow_consistency(Gradientless(), frames, clip[:, 1:])
+
+
+def test_padded_frames_do_not_count_for_features():
+    features, other = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4)
+    other[:, 1] = 5
+    mask = torch.tensor([[True, True, False]])
+    assert feature_loss(predicted(other), features, frame_mask=mask)["features"] == 0
+    assert feature_loss(predicted(other), features)["features"] > 0
 
 
 def test_a_weight_without_its_network_is_refused():

@@ -1,10 +1,16 @@
 """The objective for `fit`: codes that start where the rows are, terms that all reach the decoder, exact resume."""
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from headrace.nn.optical_flow import LucasKanade
 from headrace.nn.quantizers.dead_codes import DeadCodeSchedule
+from headrace.nn.quantizers.start_codes import start_codes
+from headrace.robot import latent_action_training
 from headrace.robot.latent_action import LatentActionModel
 from headrace.robot.latent_action_config import LatentActionConfig
 from headrace.robot.latent_action_loss import LatentActionLoss, LatentActionLossConfig, LossSchedule
@@ -90,3 +96,43 @@ def test_the_log_has_the_flow_column_before_the_term_starts():
     objective, _ = objective_of(model)
     terms = [objective(model, StepBatches(Clips()).at(k), torch.Generator().manual_seed(0)) for k in (0, 1)]
     assert terms[0].keys() == terms[1].keys() and terms[0]["flow"] == 0 < terms[1]["flow"]
+
+
+def test_features_that_are_predicted_must_not_be_learned():
+    torch.manual_seed(0)
+    config = replace(LatentActionConfig.tiny(image_size=32, patch=16), target="features")
+    batch = StepBatches(Clips()).at(0)
+    objective, _ = objective_of(LatentActionModel(config), flow=0.0, unquantized=0)
+    with pytest.raises(ValueError, match="must not learn them"):
+        objective(LatentActionModel(config), batch, torch.Generator().manual_seed(0))
+    model = LatentActionModel(replace(config, features=replace(config.features, frozen=True))).train()
+    objective(model, batch, torch.Generator().manual_seed(0))["total"].backward()
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learned and not [name for name in learned if name.startswith("encoder.features.")]
+    assert not model.encoder.features.net.training and model.encoder.blocks.training
+    assert all(parameter.requires_grad for group in model.optimizer_groups(1e-3) for parameter in group["params"])
+
+
+def test_use_of_the_codes_is_logged_and_a_collapse_is_told_once(monkeypatch):
+    monkeypatch.setattr(latent_action_training, "POOR_BATCHES", 2)
+    model = new_model()
+    objective, _ = objective_of(model, flow=0.0, unquantized=1)
+    terms = [objective(model, StepBatches(Clips()).at(k), torch.Generator().manual_seed(0)) for k in (0, 1)]
+    assert terms[0]["used"] == 0 == terms[0]["perplexity"] and 0.25 <= terms[1]["used"] <= 1 < terms[1]["perplexity"]
+    objective = LatentActionObjective(objective.loss, None, objective.optimizer)
+    model.quantizer.codebook.data[1:] = 1e3
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for k in range(4):
+            terms = objective(model, StepBatches(Clips()).at(k), torch.Generator().manual_seed(0))
+    assert [str(w.message) for w in told if "2 batches in a row used 1 of 8 codes" in str(w.message)] and len(told) == 1
+    assert terms["used"] == 1 / 8 and terms["perplexity"] == 1
+
+
+def test_all_processes_start_from_the_first_one_s_codes(monkeypatch):
+    first, sent = torch.full((8, 16), 7.0), []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, src: (sent.append(src), tensor.copy_(first)))
+    quantizer = new_model().quantizer
+    start_codes(quantizer, torch.randn(20, 16))
+    assert sent == [0] and torch.equal(quantizer.codebook.data, first)

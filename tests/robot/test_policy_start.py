@@ -132,6 +132,20 @@ def test_another_rate_than_pretraining_s_is_refused_unless_named(dataset, tmp_pa
     assert model.config.pretraining.rate == 5.0
 
 
+def test_videos_read_with_a_stride_teach_a_policy_at_their_own_rate(dataset, tmp_path):
+    """Four frames of the videos a step: the labels' horizon counts steps of 0.2 s, the chunk actions of 0.05 s."""
+    tiny = VipraPretrainingConfig.tiny()
+    record = replace(tiny.record, rate=FPS / 4, stride=4, history=(-1, 0))
+    VipraPretraining(replace(tiny, record=record, history=(-1, 0))).save_pretrained(tmp_path)
+    model, data, _ = prepare([dataset], Start(init=str(tmp_path), horizon=5))
+    assert model.config.history == (-4, 0) and model.config.decoder.horizon == 5
+    assert data.batch(np.array([0])).actions.shape == (1, 5, 3)
+    assert model.config.pretraining.horizon == 3
+    model.save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match="chunks of 5 actions, asked for 6"):
+        prepare([dataset], Start(init=str(tmp_path / "policy"), horizon=6))
+
+
 def test_a_config_without_statistics_is_refused(dataset, pretrained, tmp_path):
     import json
 

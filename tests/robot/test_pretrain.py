@@ -11,6 +11,7 @@ import torch
 
 from headrace.datasets.latent_labels import LabelHeader, LabelledSource, LatentLabels, write_part
 from headrace.datasets.video_clips import VideoClips
+from headrace.datasets.video_scan import BadVideo
 from headrace.datasets.video_source import video_folder
 from headrace.robot import pretrain as stage
 from headrace.robot.frame_codes import frames_to_codes
@@ -54,7 +55,7 @@ def write_labels(root: Path) -> None:
     corpus = VideoClips([source], image_size=64)
     header = LabelHeader(
         lam="lam", lam_hash="a" * 16, codes=8, tokens=2, horizon=HORIZON, history=1, image_size=64,
-        corpus=corpus.fingerprint(), parts=1,
+        corpus=corpus.fingerprint(), parts=1, rows_per_part=100, every=1,
         sources=(LabelledSource(name=source.name, videos=3, frames=sum(LENGTHS), rate=10.0),),
     )  # fmt: skip
     rows: dict[str, list] = {name: [] for name in
@@ -129,6 +130,44 @@ def test_cached_tokens_go_on_after_a_kill_and_know_their_corpus(folder, tmp_path
         FrameTokens(own, other)
 
 
+def test_processes_share_the_parts_of_the_cache(folder, tmp_path):
+    _, data, encoder = setup(folder)
+    whole = cache_tokens(data.corpus, encoder, tmp_path / "one", crop=(0, 0, 64), frames_per_part=6)
+    made: list[int] = []
+    options = {"crop": (0, 0, 64), "frames_per_part": 6, "done": lambda part, _: made.append(part)}
+
+    def second() -> None:  # runs while the first process waits
+        made.append(-1)
+        cache_tokens(data.corpus, encoder, tmp_path / "two", shard=(1, 2), **options)
+
+    shared = cache_tokens(data.corpus, encoder, tmp_path / "two", shard=(0, 2), wait=second, **options)
+    assert made == [*range(0, whole.header.parts, 2), -1, *range(1, whole.header.parts, 2)] and whole.header.parts > 1
+    assert torch.equal(shared.read(np.array([1, 2]), np.array([4, 0])), whole.read(np.array([1, 2]), np.array([4, 0])))
+
+
+def test_a_damaged_video_ends_neither_the_cache_nor_the_batches(folder, tmp_path, monkeypatch):
+    model, data, encoder = setup(folder)
+    read = VideoClips.read
+
+    def failing(corpus, number, frames):
+        if number == 1:
+            raise BadVideo("corrupt", "1.mp4 cannot be decoded")
+        return read(corpus, number, frames)
+
+    monkeypatch.setattr(VideoClips, "read", failing)
+    with pytest.warns(UserWarning, match=r"1 of 3 videos have no ids \(1 corrupt\)"):
+        tokens = cache_tokens(data.corpus, encoder, tmp_path, crop=(0, 0, 64))
+    assert tokens.damaged.tolist() == [1]
+    with pytest.warns(UserWarning, match="4 of 15 labelled frames are left out: 1 video"):
+        less = type(data)(data.labels, data.corpus, tokens, model.config)
+    assert len(less) == sum(LENGTHS) - 3 - (LENGTHS[1] - 1)
+    assert set(less.batch(np.arange(len(less))).instructions) == {"push the cube", "push it"}
+    # Without a cache that knows, the damage shows at the first picture, and the next readable frame stands in.
+    with pytest.warns(UserWarning, match="left out from here on, 1 video"):
+        late = data.batch(np.array([LENGTHS[0] - 1, LENGTHS[0]]))
+    assert late.instructions == ["push it"] * 2
+
+
 @pytest.mark.parametrize("ids", [False, True])
 def test_resumed_pretraining_gives_the_same_losses(folder, tmp_path, ids):
     settings = stage.PretrainSettings(steps=4, batch_size=3, lr=1e-3, precision="fp32", checkpoint_every=2, log_every=1)
@@ -173,6 +212,14 @@ def test_cached_ids_cannot_be_moved(folder):
     model, _, _ = setup(folder, ids=True)
     with pytest.raises(ValueError, match="move=0"):
         Prepare(model.config, model.encode_text, move=4)
+
+
+def test_the_context_moves_only_where_no_future_frame_is_predicted(folder):
+    model, _, _ = setup(folder)
+    with pytest.raises(ValueError, match="context cannot be moved by 4 px"):
+        Prepare(model.config, model.encode_text, move=4)
+    model, _, _ = setup(folder, fields="la")
+    Prepare(model.config, model.encode_text, move=4)
 
 
 def test_a_language_model_gives_shape_weights_and_text(folder, tmp_path):

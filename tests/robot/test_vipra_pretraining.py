@@ -189,6 +189,25 @@ def test_differences_that_are_named_pass(model):
     require_same_conditions(model.config.record, history=(-1, 0), rate=5.0, override=("history", "rate"))
 
 
+def test_demonstrations_fit_at_the_labels_rate_and_at_that_of_the_videos(model):
+    record = replace(model.config.record, history=(-1, 0), rate=5.0, stride=4)
+    require_same_conditions(record, history=(-1, 0), rate=5.0)
+    require_same_conditions(record, history=(-4, 0), rate=20.0)
+    with pytest.raises(ValueError, match=r"pretrained on frames \(-4, 0\), the policy is to see \(-1, 0\)"):
+        require_same_conditions(record, history=(-1, 0), rate=20.0)
+    with pytest.raises(ValueError, match="5 steps a second on videos of 20 Hz, the demonstrations have 10"):
+        require_same_conditions(record, history=(-1, 0), rate=10.0)
+
+
+def test_views_are_carried_by_moment_across_a_stride():
+    tiny = VipraPretrainingConfig.tiny()
+    record = replace(tiny.record, history=(-1, 0), rate=5.0, stride=4)
+    source = VipraPretraining(replace(tiny, history=(-1, 0), record=record))
+    target = policy_like(source, history=(-4, 0))
+    carry_over(source, target, frames_per_step=4)
+    assert torch.equal(target.view.weight, source.view.weight)
+
+
 def test_a_record_that_contradicts_the_network_cannot_exist():
     with pytest.raises(ValueError, match="record says"):
         replace(VipraPretrainingConfig.tiny(), history=(-1, 0))

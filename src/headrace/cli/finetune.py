@@ -15,6 +15,7 @@ def finetune(
     segments: int = 1,
     demonstrations: int | None = None,
     history: tuple[int, ...] | None = None,
+    horizon: int | None = None,
     camera_size: int | None = None,
     crop: tuple[int, int] | None = None,
     override: tuple[Literal["history", "rate"], ...] = (),
@@ -40,6 +41,8 @@ def finetune(
         segments: Time segments of a new flow head, each with its own blocks (BFM); 1 is ViPRA's.
         demonstrations: Episodes of each dataset; all if not given.
         history: Frames seen, such as -1 0, where it is to differ from pretraining's (needs --override history).
+        horizon: Actions of a chunk; by default the size's, or as many as pretraining's horizon has steps, which are
+            longer than the robot's where it read videos with a stride.
         camera_size: From scratch, pictures are stretched to this side [px]; by default the whole picture is shrunk to
             what the network sees and a margin.
         crop: (left, top) of the square that the network sees of it [px]; the middle by default.
@@ -69,6 +72,7 @@ def finetune(
         segments=segments,
         demonstrations=demonstrations,
         history=history,
+        horizon=horizon,
         camera_size=camera_size,
         crop=crop,
         override=override,

@@ -10,7 +10,8 @@ def label(
     *,
     data: tuple[str, ...],
     out: Path,
-    stride: tuple[int, ...] = (1,),
+    stride: tuple[int, ...] | None = None,
+    rate: float | None = None,
     horizon: int = 14,
     history: int = 1,
     every: int = 1,
@@ -28,7 +29,8 @@ def label(
         model: Folder of a trained latent action model.
         data: Folders of MP4 or WebM files, LeRobot datasets (whose actions are ignored), or Hub ids of such.
         out: Folder of the labels: labels.json and Parquet parts.
-        stride: Frames between neighbouring frames of a window, one for all or one per folder of `data`.
+        stride: Frames between neighbouring frames of a window, one for all or one per folder of `data`; 1 by default.
+        rate: Instead of a stride, steps a second [Hz], from which each video's stride follows: for mixed frame rates.
         horizon: Transitions per row.
         history: Frames of the window before the present one.
         every: Label each frame whose number this divides.
@@ -38,7 +40,8 @@ def label(
         decode: On demand, or once into the frame cache.
         device: Where the model runs.
         ray_workers: Above 0, label on a Ray cluster with this many workers (extra `cluster`).
-        override: `rate` to label videos of another rate than the model was trained on.
+        override: `rate` to label videos of another rate than the model was trained on, which are refused where a
+            whole folder has it and left out where some videos do.
     """
     from headrace.robot.label_cluster import LabelJob, label_on_ray
     from headrace.robot.label_run import label_corpus
@@ -46,7 +49,8 @@ def label(
     job = LabelJob(
         model=model.resolve(),
         data=tuple(str(Path(d).resolve()) if Path(d).exists() else d for d in data),
-        strides=stride * len(data) if len(stride) == 1 else stride,
+        strides=stride,
+        rate=rate,
         horizon=horizon,
         history=history,
         batch_size=batch_size,

@@ -13,7 +13,8 @@ def pretrain(
     out: Path,
     tokenizer: str | None = None,
     lam: Path | None = None,
-    stride: tuple[int, ...] = (1,),
+    stride: tuple[int, ...] | None = None,
+    rate: float | None = None,
     size: Literal["tiny", "small", "published"] = "small",
     fields: Literal["ls_la", "la", "ls", "ls_la1"] = "ls_la",
     context: Literal["pictures", "ids"] | None = None,
@@ -38,12 +39,13 @@ def pretrain(
     """Train on videos with latent-action labels; the network for `headrace finetune --init` ends in OUT/model.
 
     Args:
-        data: The labelled videos, in the order and with the strides that `headrace label` was given.
+        data: The labelled videos, in the order and with the strides or the rate that `headrace label` was given.
         labels: What `headrace label` wrote.
         out: Run folder with checkpoints and log.
         tokenizer: Discrete tokenizer of the frames: a folder or Hub id. Not needed for fields `la` with pictures.
         lam: The latent action model that the labels must be of; another one's are refused.
-        stride: Frames between neighbouring frames, one for all or one per entry of `data`.
+        stride: Frames between neighbouring frames, one for all or one per entry of `data`; 1 by default.
+        rate: Instead of a stride, steps a second [Hz], as `headrace label` was given.
         size: Network size.
         fields: What is predicted: `ls_la` future frame and latent actions, `la` or `ls` only one of them, `ls_la1` the
             future frame and one latent step.
@@ -59,7 +61,7 @@ def pretrain(
         lr: Learning rate after the warm-up.
         warmup: Updates until then.
         schedule: Constant, as published, or a cosine to a tenth.
-        move: Pictures are moved by up to so many pixels.
+        move: Pictures are moved by up to so many pixels; for fields `la` with pictures only, as ids are of one crop.
         precision: Of the forward pass; `auto` is bf16 where the device multiplies it natively, else fp32.
         checkpointing: Compute activations twice, to save memory.
         shard: Spread the model over the processes of `accelerate launch`, block by block, for the published size.
@@ -68,18 +70,17 @@ def pretrain(
         track: Also log to TensorBoard or Weights & Biases.
     """
     import torch
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     from headrace.datasets.latent_labels import LatentLabels
-    from headrace.datasets.video_source import open_source
+    from headrace.datasets.video_source import open_sources
     from headrace.robot import pretrain as stage
     from headrace.robot.label_clips import model_hash
     from headrace.robot.latent_action import LatentActionModel
     from headrace.robot.sizes import trunk_config
     from headrace.robot.vipra_pretraining import VipraPretraining
 
-    if len(stride) not in (1, len(data)):
-        raise ValueError(f"{len(data)} sources need one stride or as many, got {stride}")
-    strides = stride * len(data) if len(stride) == 1 else stride
     wanted = None if lam is None else model_hash(LatentActionModel.from_pretrained(lam))
     found = LatentLabels(labels, lam_hash=wanted)
     encoder = None if tokenizer is None else stage.open_encoder(tokenizer)
@@ -102,11 +103,16 @@ def pretrain(
         model.image_tokens.get_submodule("encoder").load_state_dict(encoder.state_dict())
     if language is not None:
         stage.start_from_language_model(model, language)
-    sources = [open_source(path, stride=step) for path, step in zip(data, strides, strict=True)]
+    sources = open_sources(data, strides=stride, rate=rate)
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if encoder is not None:
+        encoder.to(processes.device)
     samples = stage.open_data(
         sources, found, config, encoder, cache or out / stage.TOKEN_FOLDER, decode=decode,
         done=lambda part, parts: print(f"frames as ids: part {part + 1} of {parts}", flush=True),
+        shard=(processes.process_index, processes.num_processes), wait=processes.wait_for_everyone,
     )  # fmt: skip
+    del encoder  # its memory on the device
     settings = stage.PretrainSettings(
         steps=steps,
         batch_size=batch_size,

@@ -94,16 +94,25 @@ def _cached(path: Path, column: str, size: Size | None, cache: Path, decode: Cal
     return _open(entry)
 
 
-def _key(path: Path, column: str, size: Size | None) -> str:
+def file_ends(path: Path) -> tuple[int, bytes]:
+    """Size of a file [bytes], and its first and last `SAMPLE_BYTES`: enough to tell a changed video from the old one.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
-        status = path.stat()
+        size = path.stat().st_size
         with path.open("rb") as file:
             ends = file.read(SAMPLE_BYTES)
-            file.seek(max(0, status.st_size - SAMPLE_BYTES))
-            ends += file.read()
+            file.seek(max(0, size - SAMPLE_BYTES))
+            return size, ends + file.read()
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error}); the dataset is incomplete, copy it again") from error
-    facts = json.dumps([FORMAT, status.st_size, status.st_mtime_ns, column, size])
+
+
+def _key(path: Path, column: str, size: Size | None) -> str:
+    length, ends = file_ends(path)
+    facts = json.dumps([FORMAT, length, path.stat().st_mtime_ns, column, size])
     return hashlib.sha256(facts.encode() + ends).hexdigest()[:32]
 
 

@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 
 from headrace.nn.pretrained import config_from_dict, void, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 HEADER_FILE = "labels.json"
 METADATA_KEY = b"headrace.labels"
+_AGAIN = "label again into a new folder"
 
 ROW_SCHEMA = pa.schema(
     [
@@ -68,8 +69,10 @@ class LabelHeader:
         history: Frames before the present one that the labelling window began with, in steps of the stride; column
             `past` is that frame.
         image_size: Side of the frames that the model saw [px].
-        corpus: Hash of the names and lengths of all videos in order.
+        corpus: From `VideoClips.fingerprint`.
         parts: Number of Parquet files in the whole.
+        rows_per_part: Frames per file that were asked for; decides which videos lie in which part.
+        every: Frames whose number this divides have a row.
         sources: What was labelled.
         format: Version of this layout.
     """
@@ -83,17 +86,19 @@ class LabelHeader:
     image_size: int
     corpus: str
     parts: int
+    rows_per_part: int
+    every: int
     sources: tuple[LabelledSource, ...]
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        for name in ("codes", "tokens", "horizon", "image_size", "parts"):
+        for name in ("codes", "tokens", "horizon", "image_size", "parts", "rows_per_part", "every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.history < 0:
             raise ValueError(f"history must be at least 0, got {self.history}")
         if self.format != FORMAT:
-            raise ValueError(f"these labels have layout {self.format}, this headrace reads {FORMAT}; label again")
+            raise ValueError(f"these labels have layout {self.format}, this headrace reads {FORMAT}; {_AGAIN}")
 
     def save(self, folder: Path) -> None:
         """Write `labels.json` atomically."""
@@ -112,9 +117,15 @@ class LabelHeader:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {HEADER_FILE}: it is not a folder that `headrace label` wrote")
         try:
-            return config_from_dict(cls, json.loads(path.read_text()))
+            data = json.loads(path.read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); label again into a new folder") from error
+            raise ValueError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+        if isinstance(data, dict) and data.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has layout {data.get('format')}, this headrace reads {FORMAT}: the older one says neither how "
+                f"frames were shared out nor which were left out; {_AGAIN}"
+            )
+        return config_from_dict(cls, data)
 
     def require_model(self, lam_hash: str, *, name: str) -> None:
         """Refuse labels of another model.
@@ -221,7 +232,7 @@ def _read_part(path: Path, header: LabelHeader) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); delete it and label again") from error
     written = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    for name in ("lam_hash", "corpus", "codes", "tokens", "horizon", "history"):
+    for name in ("lam_hash", "corpus", "codes", "tokens", "horizon", "history", "rows_per_part", "every"):
         if written.get(name) != getattr(header, name):
             raise ValueError(
                 f"{path} was written by another run: {name} is {written.get(name)!r} in it and "

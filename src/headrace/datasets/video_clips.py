@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headrace.datasets.frame_cache import Frames, Size, column_frames, default_cache, video_frames
+from headrace.datasets.frame_cache import Frames, Size, column_frames, default_cache, file_ends, video_frames
 from headrace.datasets.video_reader import read_frames
 from headrace.datasets.video_scan import BadVideo
 from headrace.datasets.video_source import Video, VideoSource
@@ -83,6 +83,7 @@ class VideoClips:
         self.lengths = np.array([video.length for source in sources for video in source.videos])
         self.strides = np.array([stride for source in sources for stride in source.strides])
         self._number = {(s.name, v.name): i for i, (s, v) in enumerate((s, v) for s in sources for v in s.videos)}
+        self._fingerprint: str | None = None
         self._files: dict[tuple[Path, str | None], Frames] = {}
         self._lock = threading.Lock()
 
@@ -107,9 +108,24 @@ class VideoClips:
         return self._number[source, video]
 
     def fingerprint(self) -> str:
-        """Hash of the names, lengths and strides of all videos in order."""
-        facts = [(s.name, v.name, v.length, t) for s in self.sources for v, t in zip(s.videos, s.strides, strict=True)]
-        return sha256(repr(facts).encode()).hexdigest()[:16]
+        """Hash of the names, lengths, strides and cameras of all videos in order, and of their files' sizes and ends.
+
+        Neither folders nor dates count, so a copy on another machine has the same one.
+
+        Raises:
+            ValueError: A file is not there any more.
+        """
+        if self._fingerprint is None:
+            digest = sha256()
+            for source in self.sources:
+                videos = zip(source.videos, source.strides, strict=True)
+                facts = [source.name, source.camera, *((v.name, v.first, v.length, t) for v, t in videos)]
+                digest.update(repr(facts).encode())
+                for path in dict.fromkeys(video.path for video in source.videos):
+                    size, ends = file_ends(path)
+                    digest.update(sha256(str(size).encode() + ends).digest())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
     def read(self, number: int, frames: np.ndarray) -> np.ndarray:
         """Frames of one video.

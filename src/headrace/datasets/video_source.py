@@ -4,7 +4,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class VideoSource:
         strides: Frames between neighbouring frames of a clip, one per video.
         scans: What the video files hold.
         skipped: How many videos were left out, by reason.
+        camera: Key of the dataset's camera; empty for a folder of files.
     """
 
     name: str
@@ -60,6 +61,7 @@ class VideoSource:
     strides: tuple[int, ...]
     scans: dict[Path, Scan] = field(repr=False)
     skipped: dict[str, int] = field(default_factory=dict)
+    camera: str = ""
 
     @property
     def rate(self) -> float | None:
@@ -167,7 +169,7 @@ def lerobot_videos(
         for number, path, column, first, length in found
         if wanted is None or number in wanted
     ]
-    return _source(name or folder.name, folder, videos, stride, rate, scans, skipped)
+    return replace(_source(name or folder.name, folder, videos, stride, rate, scans, skipped), camera=key)
 
 
 def open_source(path: str | Path, *, stride: int | None = None, rate: float | None = None) -> VideoSource:
@@ -176,6 +178,33 @@ def open_source(path: str | Path, *, stride: int | None = None, rate: float | No
     if folder.is_dir() and not (folder / "meta" / "info.json").is_file():
         return video_folder(folder, stride=stride, rate=rate)
     return lerobot_videos(path, stride=stride, rate=rate)
+
+
+def open_sources(
+    paths: Sequence[str | Path], *, strides: Sequence[int] | None = None, rate: float | None = None
+) -> list[VideoSource]:
+    """Several of them, each with its stride; folders of one name are told apart by the folder above.
+
+    Args:
+        paths: Folders of videos or LeRobotDatasets.
+        strides: One for each, or one for all; 1 if neither this nor `rate` is given.
+        rate: Instead of strides, frames a second of all clips [Hz].
+
+    Raises:
+        ValueError: Another number of strides than of paths, or strides and a rate.
+    """
+    if strides is not None and len(strides) not in (1, len(paths)):
+        raise ValueError(f"{len(paths)} sources need one stride or as many, got {tuple(strides)}")
+    each: Sequence[int | None] = (None,) * len(paths) if strides is None else strides
+    each = tuple(each) * len(paths) if len(each) == 1 else each
+    sources = [open_source(path, stride=stride, rate=rate) for path, stride in zip(paths, each, strict=True)]
+    count = Counter(source.name for source in sources)
+    return [
+        source
+        if count[source.name] == 1
+        else replace(source, name=f"{source.folder.resolve().parent.name}/{source.name}")
+        for source in sources
+    ]
 
 
 Episode = tuple[int, Path, str | None, int, int]  # number, file, column, first frame in the file, frames

@@ -27,11 +27,16 @@ class CarriedOver(NamedTuple):
     left: tuple[str, ...]
 
 
-def carry_over(source: VipraTrunk, target: VipraTrunk) -> CarriedOver:
+def carry_over(source: VipraTrunk, target: VipraTrunk, *, frames_per_step: int = 1) -> CarriedOver:
     """Copy transformer, picture encoder, words, marks and views; heads of the source stay behind.
 
     Words are copied one by one, so the target may know more of them; views are copied by frame of the history, from
     the source's first camera to all cameras of the target alike.
+
+    Args:
+        source: What was trained.
+        target: What takes over its weights.
+        frames_per_step: Frames of the target's history per step of the source's (`PretrainingRecord.frames_per_step`).
 
     Raises:
         ValueError: The target has a part of the trunk that the source lacks, or in another shape; names up to five.
@@ -44,7 +49,7 @@ def carry_over(source: VipraTrunk, target: VipraTrunk) -> CarriedOver:
             f"the networks differ in {len(wrong)} weights: {', '.join(wrong[:5])}; a policy has the trunk of its "
             "pretraining"
         )
-    new = {name: theirs[name] for name in trunk} | _rows(source, target, own)
+    new = {name: theirs[name] for name in trunk} | _rows(source, target, own, frames_per_step)
     target.load_state_dict(new, strict=False)
     if source.tokenizer is not None:
         target.tokenizer = source.tokenizer
@@ -52,7 +57,7 @@ def carry_over(source: VipraTrunk, target: VipraTrunk) -> CarriedOver:
     return CarriedOver(tuple(new), tuple(name for name in own if name not in new), tuple(left))
 
 
-def _rows(source: VipraTrunk, target: VipraTrunk, own: dict[str, Tensor]) -> dict[str, Tensor]:
+def _rows(source: VipraTrunk, target: VipraTrunk, own: dict[str, Tensor], frames_per_step: int) -> dict[str, Tensor]:
     """Tables whose rows have names."""
     theirs, found = source.state_dict(), {}
     if bool(source.config.text_vocabulary) != bool(target.config.text_vocabulary):
@@ -67,7 +72,7 @@ def _rows(source: VipraTrunk, target: VipraTrunk, own: dict[str, Tensor]) -> dic
         for table, (have, want) in names.items():
             found[table] = _named(theirs[table], have, own[table], want)
     if "view.weight" in own:
-        steps = source.config.history
+        steps = [step * frames_per_step for step in source.config.history]
         views = [str(step) for _ in target.config.cameras for step in target.config.history]
         first = theirs["view.weight"][: len(steps)]
         found["view.weight"] = _named(first, tuple(map(str, steps)), own["view.weight"], tuple(views))
@@ -93,10 +98,13 @@ def require_same_conditions(
 ) -> None:
     """Refuse what would make pretraining mean something else.
 
+    Demonstrations fit at the labels' rate, and at the rate of the videos where those were read with a stride: the
+    history then counts that many frames per step.
+
     Args:
         record: Of the pretrained network.
-        history: Frames that the policy is to see.
-        rate: Steps a second of the demonstrations [Hz].
+        history: Frames that the policy is to see, in frames of the demonstrations.
+        rate: Frames a second of the demonstrations [Hz].
         lam_hash: The latent action model that the user named; None for any.
         override: Names of the differences that are wanted: `history`, `rate`.
 
@@ -106,15 +114,17 @@ def require_same_conditions(
     unknown = set(override) - {"history", "rate"}
     if unknown:
         raise ValueError(f"override takes 'history' and 'rate', got {sorted(unknown)}")
-    if tuple(history) != tuple(record.history) and "history" not in override:
+    step = record.frames_per_step(rate)
+    if tuple(history) != record.history_at(rate) and "history" not in override:
         raise ValueError(
-            f"the network was pretrained on frames {record.history}, the policy is to see {history}; use the same, or "
-            "name it: --override history"
+            f"the network was pretrained on frames {record.history_at(rate)}, the policy is to see {history}; use the "
+            "same, or name it: --override history"
         )
-    if record.rate is not None and abs(record.rate - rate) > 1e-3 * rate and "rate" not in override:
+    if record.rate is not None and abs(record.rate * step - rate) > 1e-3 * rate and "rate" not in override:
+        own = f" on videos of {record.rate * record.stride:g} Hz" if record.stride > 1 else ""
         raise ValueError(
-            f"the network was pretrained at {record.rate:g} steps a second, the demonstrations have {rate:g}; resample "
-            "one of them, or name it: --override rate"
+            f"the network was pretrained at {record.rate:g} steps a second{own}, the demonstrations have {rate:g}; "
+            "resample one of them, or name it: --override rate"
         )
     if lam_hash is not None and lam_hash != record.lam_hash:
         raise ValueError(f"the network learned the labels of model {record.lam_hash}, not of {lam_hash}")

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import timm
 import torch
@@ -28,12 +28,15 @@ class FrameFeaturesConfig:
         name: Name of the timm model; not used by the stem.
         width: Width of the features.
         patch: Side of a patch [px].
+        frozen: Whether the network stays as it is loaded. Needed where its features are predicted: a network that
+            learns along could make them all alike.
     """
 
     kind: Literal["timm", "stem"] = "timm"
     name: str = "vit_base_patch14_reg4_dinov2"
     width: int = 768
     patch: int = 14
+    frozen: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in ("timm", "stem"):
@@ -85,6 +88,13 @@ class FrameFeatures(nn.Module):
                 )
         for name, value in (("mean", IMAGENET_DEFAULT_MEAN), ("deviation", IMAGENET_DEFAULT_STD)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+        self.net.requires_grad_(not config.frozen)
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen network stays in eval mode."""
+        super().train(mode)
+        self.net.train(mode and not self.config.frozen)
+        return self
 
     def forward(self, frames: Tensor) -> Tensor:
         """Frames of shape (B, 3, H, W) in [0, 1] to features of shape (B, rows * columns, D).

@@ -18,7 +18,9 @@ from headrace.robot.latent_action import LatentActionModel
 
 def model_hash(model: LatentActionModel) -> str:
     """Hash of a model's config and of the weights that make labels, 16 hexadecimal digits; the decoder is left out."""
-    digest = sha256(json.dumps(asdict(model.config), sort_keys=True).encode())
+    config = asdict(model.config)
+    del config["features"]["frozen"]  # says how the weights came about, not what they are
+    digest = sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         if not name.startswith("decoder.") and name != "quantizer.usage":
             digest.update(name.encode())
@@ -44,6 +46,11 @@ class VideoLabels(NamedTuple):
     transitions: np.ndarray
 
 
+def same_rate(a: float, b: float) -> bool:
+    """Whether two rates [Hz] are within 2 % of each other."""
+    return abs(a / b - 1) <= 0.02
+
+
 class LatentActionLabeler:
     """Labels videos with a trained model, in eval mode.
 
@@ -56,13 +63,22 @@ class LatentActionLabeler:
             are not kept.
         batch_size: Windows at a time.
         every: Label each frame whose number this divides.
+        rate: Steps a second that the model knows [Hz]; when a corpus is labelled, videos that differ from it by more
+            than 2 % are left out. None takes all.
 
     Raises:
         ValueError: A number is too small.
     """
 
     def __init__(
-        self, model: LatentActionModel, *, horizon: int = 14, history: int = 1, batch_size: int = 160, every: int = 1
+        self,
+        model: LatentActionModel,
+        *,
+        horizon: int = 14,
+        history: int = 1,
+        batch_size: int = 160,
+        every: int = 1,
+        rate: float | None = None,
     ) -> None:
         if horizon < 1 or history < 0 or batch_size < 1 or every < 1:
             raise ValueError(
@@ -70,7 +86,7 @@ class LatentActionLabeler:
                 f"got {horizon}, {batch_size}, {every} and {history}"
             )
         self.model = model.eval()
-        self.horizon, self.history, self.batch_size, self.every = horizon, history, batch_size, every
+        self.horizon, self.history, self.batch_size, self.every, self.rate = horizon, history, batch_size, every, rate
 
     def windows(self, length: int, stride: int) -> np.ndarray:
         """Frame numbers of the windows of a video, clamped to it, int64, shape (R, W), W = history + 1 + H."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from headrace.datasets.latent_labels import part_path
 from headrace.datasets.video_clips import Decode, VideoClips
-from headrace.datasets.video_source import VideoSource, open_source
+from headrace.datasets.video_source import VideoSource, open_sources
 from headrace.robot.label_clips import LatentActionLabeler
 from headrace.robot.label_run import LabelRun, begin_labels, label_part, missing_parts, plan_labels, require_rate
 from headrace.robot.latent_action import LatentActionModel
@@ -23,7 +23,8 @@ class LabelJob:
     Attributes:
         model: Folder of the latent action model.
         data: Folders of videos or LeRobot datasets.
-        strides: One per folder of `data`.
+        strides: One for all or one per folder of `data`; 1 if neither this nor `rate` is given.
+        rate: Instead of strides, steps a second [Hz], from which each video's stride follows.
         horizon, history, batch_size, every: As in `LatentActionLabeler`.
         rows_per_part: Frames per Parquet file, about.
         decode: As in `VideoClips`.
@@ -33,7 +34,8 @@ class LabelJob:
 
     model: Path
     data: tuple[str, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+    rate: float | None = None
     horizon: int = 14
     history: int = 1
     batch_size: int = 160
@@ -46,27 +48,31 @@ class LabelJob:
     def __post_init__(self) -> None:
         if set(self.override) - {"rate"}:
             raise ValueError(f"only 'rate' can be overridden, got {', '.join(self.override)}")
-        if not self.data or len(self.strides) != len(self.data):
-            raise ValueError(f"{len(self.data)} folders of videos need as many strides, got {self.strides}")
+        if not self.data:
+            raise ValueError("name at least one folder of videos")
 
     def sources(self) -> list[VideoSource]:
         """The corpus's sources."""
-        return [open_source(path, stride=stride) for path, stride in zip(self.data, self.strides, strict=True)]
+        return open_sources(self.data, strides=self.strides, rate=self.rate)
 
     def open(self) -> tuple[LatentActionLabeler, VideoClips]:
         """Load the model and open the corpus.
 
         Raises:
-            ValueError: The videos have another rate than the model was trained on, and that is not overridden.
+            ValueError: No video of a source has the rate that the model was trained on, and that is not overridden.
         """
         model = LatentActionModel.from_pretrained(self.model).to(self.device)
-        labeler = LatentActionLabeler(
-            model, horizon=self.horizon, history=self.history, batch_size=self.batch_size, every=self.every
-        )
         config = model.config
+        labeler = LatentActionLabeler(
+            model,
+            horizon=self.horizon,
+            history=self.history,
+            batch_size=self.batch_size,
+            every=self.every,
+            rate=None if "rate" in self.override else config.fps,
+        )
         corpus = VideoClips(self.sources(), image_size=config.image_size, decode=self.decode, window=config.window)
-        if "rate" not in self.override:
-            require_rate(config.fps, corpus)
+        require_rate(labeler.rate, corpus)
         return labeler, corpus
 
 

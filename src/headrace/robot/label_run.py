@@ -16,7 +16,7 @@ import numpy as np
 from headrace.datasets.latent_labels import HEADER_FILE, LabelHeader, LabelledSource, part_path, write_part
 from headrace.datasets.video_clips import VideoClips
 from headrace.datasets.video_scan import BadVideo
-from headrace.robot.label_clips import LatentActionLabeler, VideoLabels, model_hash
+from headrace.robot.label_clips import LatentActionLabeler, VideoLabels, model_hash, same_rate
 
 
 class LabelRun(NamedTuple):
@@ -25,7 +25,7 @@ class LabelRun(NamedTuple):
     Attributes:
         parts: Parts written by it.
         rows: Rows in them.
-        skipped: Videos in them that turned out to be damaged.
+        skipped: Videos in them that turned out to be damaged or of another rate.
         missing: Parts of the whole that are still missing.
     """
 
@@ -71,7 +71,12 @@ def plan_labels(labeler: LatentActionLabeler, corpus: VideoClips, *, name: str, 
     firsts = np.flatnonzero(np.r_[True, begun[1:] != begun[:-1]])
     ends = np.r_[firsts[1:], len(corpus)]
     sources = tuple(
-        LabelledSource(name=s.name, videos=len(s.videos), frames=sum(v.length for v in s.videos), rate=s.rate)
+        LabelledSource(
+            name=s.name,
+            videos=len(s.videos),
+            frames=sum(v.length for v in s.videos),
+            rate=labeler.rate if s.rate is None else s.rate,  # videos of other rates are left out
+        )
         for s in corpus.sources
     )
     header = LabelHeader(
@@ -84,6 +89,8 @@ def plan_labels(labeler: LatentActionLabeler, corpus: VideoClips, *, name: str, 
         image_size=config.image_size,
         corpus=corpus.fingerprint(),
         parts=len(firsts),
+        rows_per_part=rows_per_part,
+        every=labeler.every,
         sources=sources,
     )
     return LabelPlan(header=header, parts=tuple(zip(firsts.tolist(), ends.tolist(), strict=True)))
@@ -94,16 +101,21 @@ def require_rate(fps: float | None, corpus: VideoClips) -> None:
 
     Args:
         fps: Steps a second that the model was trained on [Hz]; None if it was trained on several rates.
-        corpus: Whose sources' rates, after the stride, must be within 2 % of it.
+        corpus: Whose sources' rates, after the stride, must be within 2 % of it. Where a source's videos differ, one of
+            them must be; the labeler leaves the others out.
 
     Raises:
         ValueError: Names the source, both rates, and the way out.
     """
+    if fps is None:
+        return
     for source in corpus.sources:
-        if fps is not None and source.rate is not None and abs(source.rate / fps - 1) > 0.02:
+        rates = [video.fps / stride for video, stride in zip(source.videos, source.strides, strict=True)]
+        if not any(same_rate(rate, fps) for rate in rates):
+            found = f"{min(rates):g}" if source.rate is not None else f"{min(rates):g} to {max(rates):g}"
             raise ValueError(
-                f"the model was trained on {fps:g} steps a second, {source.name} has {source.rate:g}; choose a "
-                "--stride that gives the same, or name the difference: --override rate"
+                f"the model was trained on {fps:g} steps a second, {source.name} has {found}; choose a --stride or "
+                "--rate that gives the same, or name the difference: --override rate"
             )
 
 
@@ -118,7 +130,8 @@ def begin_labels(folder: Path, header: LabelHeader) -> None:
         return
     there = LabelHeader.load(folder)
     there.require_model(header.lam_hash, name=header.lam)
-    for name in ("corpus", "codes", "tokens", "horizon", "history", "image_size", "parts"):
+    settings = ("codes", "tokens", "horizon", "history", "every", "image_size", "rows_per_part", "parts")
+    for name in ("corpus", *settings):
         if getattr(there, name) != getattr(header, name):
             raise ValueError(
                 f"{folder} holds labels with {name} {getattr(there, name)!r}, now it is {getattr(header, name)!r}; "
@@ -127,7 +140,7 @@ def begin_labels(folder: Path, header: LabelHeader) -> None:
 
 
 def label_part(labeler: LatentActionLabeler, corpus: VideoClips, plan: LabelPlan, part: int, folder: Path) -> LabelRun:
-    """Label the videos of one part and write it; damaged ones are left out with a warning."""
+    """Label the videos of one part and write it; damaged ones and those of another rate are left out with a warning."""
     first, end = plan.parts[part]
     columns: dict[str, list[Any]] = {
         name: [] for name in ("source", "video", "instruction", "frame", "stride", "past", "future", "transitions")
@@ -137,6 +150,9 @@ def label_part(labeler: LatentActionLabeler, corpus: VideoClips, plan: LabelPlan
     for number in range(first, end):
         source, video = corpus.video(number)
         stride = int(corpus.strides[number])
+        if labeler.rate is not None and not same_rate(video.fps / stride, labeler.rate):
+            reasons[f"not of {labeler.rate:g} steps a second"] += 1
+            continue
         try:
             labels = labeler.label(corpus.read(number, np.arange(video.length)), stride=stride)
         except BadVideo as error:

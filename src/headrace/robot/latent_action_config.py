@@ -131,6 +131,7 @@ class LatentActionConfig:
         """
         return cls(
             frames=2,
+            features=FrameFeaturesConfig(frozen=True),
             encoder=SpatiotemporalConfig(depth=12),
             decoder=SpatiotemporalConfig(depth=12, causal=True, conditioned=True),
             quantizer=VectorConfig(codes=16, width=128, commitment=0.25, decay=None),
@@ -143,10 +144,11 @@ class LatentActionConfig:
     def moto(cls) -> Self:
         """As Moto: pairs, 8 tokens of 128 codes by queries, VQ, predicts pixels; 4 encoder blocks.
 
-        Source: TencentARC/Moto@4471f76, whose frames go through a frozen MAE-L; here DINOv2-B.
+        Source: TencentARC/Moto@4471f76, whose frames go through a frozen MAE-L; here DINOv2-B, frozen too.
         """
         return cls(
             frames=2,
+            features=FrameFeaturesConfig(frozen=True),
             encoder=SpatiotemporalConfig(depth=4),
             decoder=SpatiotemporalConfig(depth=12, causal=True, conditioned=True),
             quantizer=VectorConfig(codes=128, width=32, commitment=0.25, decay=None),

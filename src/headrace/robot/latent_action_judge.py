@@ -31,7 +31,8 @@ class Verdict(NamedTuple):
     Attributes:
         used: Share of the codes that occur.
         perplexity: Of the codes, as a share of its maximum.
-        probe: R2 of a linear map from the codes (one-hot) to the motion, fitted on the training videos.
+        probe: R2 of a linear map from the codes (one-hot) to the motion, fitted on the training videos;
+            it and the following three are None without positions.
         probe_vectors: The same from the encoder's rows before the quantiser.
         probe_random: The same from the codes in random order.
         probe_untrained: The same from the codes of an untrained model of this config.
@@ -46,10 +47,10 @@ class Verdict(NamedTuple):
 
     used: float
     perplexity: float
-    probe: float
-    probe_vectors: float
-    probe_random: float
-    probe_untrained: float
+    probe: float | None
+    probe_vectors: float | None
+    probe_random: float | None
+    probe_untrained: float | None
     own: float
     swapped: float
     copied: float
@@ -72,7 +73,7 @@ class Encoded(NamedTuple):
 def encode_corpus(
     model: LatentActionModel,
     corpus: VideoClips,
-    positions: Positions,
+    positions: Positions | None,
     *,
     offset: int = 0,
     at_most: int | None = None,
@@ -83,7 +84,7 @@ def encode_corpus(
     Args:
         model: In eval mode.
         corpus: Videos at the model's picture size.
-        positions: Of each video.
+        positions: Of each video; None gives a motion of no numbers.
         offset: First transition of the first window.
         at_most: Windows to take, drawn at random but always the same ones; None for all.
         batch_size: Windows at a time.
@@ -111,14 +112,15 @@ def encode_corpus(
     return Encoded(torch.cat(codes), torch.cat(rows), torch.cat(motion))
 
 
-def judge(model: LatentActionModel, training: VideoClips, held_out: VideoClips, positions: Positions) -> Verdict:
+def judge(model: LatentActionModel, training: VideoClips, held_out: VideoClips, positions: Positions | None) -> Verdict:
     """Measure a model; see `Verdict`.
 
     Args:
         model: Predicts pixels; put into eval mode.
         training: Videos on which the probe is fitted.
         held_out: Videos that neither model nor probe has seen.
-        positions: Of the videos of both; the motion is their difference from frame to frame.
+        positions: Of the videos of both; the motion is their difference from frame to frame. None leaves out
+            the probes.
     """
     model.eval()
     size = model.quantizer.codes
@@ -130,8 +132,8 @@ def judge(model: LatentActionModel, training: VideoClips, held_out: VideoClips, 
     strange_fitted = encode_corpus(untrained, training, positions, at_most=FITTED_WINDOWS)
     strange = encode_corpus(untrained, held_out, positions)
 
-    def probe(a: Tensor, b: Tensor) -> float:
-        return linear_probe(a, fitted.motion, b, scored.motion).r2
+    def probe(a: Tensor, b: Tensor) -> float | None:
+        return None if positions is None else linear_probe(a, fitted.motion, b, scored.motion).r2
 
     a, b = one_hot_rows(fitted.codes, size), one_hot_rows(scored.codes, size)
     usage = code_usage(scored.codes, size)
@@ -207,7 +209,9 @@ def _windows(corpus: VideoClips, frames: int, offset: int) -> tuple[np.ndarray, 
     return np.array(videos), np.array(starts)
 
 
-def _motion(corpus: VideoClips, number: int, start: int, count: int, positions: Positions) -> Tensor:
+def _motion(corpus: VideoClips, number: int, start: int, count: int, positions: Positions | None) -> Tensor:
+    if positions is None:
+        return torch.zeros(count, 0)
     source, video = corpus.video(number)
     if (source.name, video.name) not in positions:
         raise ValueError(f"no positions of {video.name} in {source.name}")

@@ -91,7 +91,14 @@ def pixel_loss(
     return (each * valid).sum() / valid.sum().clamp_min(1)
 
 
-def flow_consistency(estimate: FlowEstimator, predicted: Tensor, true: Tensor, valid: Tensor | None = None) -> Tensor:
+def flow_consistency(
+    estimate: FlowEstimator,
+    predicted: Tensor,
+    true: Tensor,
+    valid: Tensor | None = None,
+    *,
+    truth: FlowEstimator | None = None,
+) -> Tensor:
     r"""How far the motion between consecutive predicted frames is from that between the true ones [px].
 
     :math:`\frac12\,\mathrm{mean}(|F(r_k,r_{k+1})-F(g_k,g_{k+1})| + |F(r_{k+1},r_k)-F(g_{k+1},g_k)|)`. Gradients
@@ -102,12 +109,13 @@ def flow_consistency(estimate: FlowEstimator, predicted: Tensor, true: Tensor, v
         predicted: Frames, shape (B, T, 3, H, W), T at least 2.
         true: Same shape.
         valid: Shape (B, T); a pair counts if both its frames do.
+        truth: Optical flow of the true frames, where another one is to give it, such as one without a gradient.
 
     Returns:
         A scalar; 0 with a gradient of 0 where no pair is valid.
 
     Raises:
-        ValueError: Shapes differ or there are fewer than 2 frames.
+        ValueError: Shapes differ, there are fewer than 2 frames, or `estimate` gives flow without a gradient.
 
     Source: ViPRA, laq/model/latent_action_quantization.py, compute_flow_loss.
     """
@@ -124,8 +132,21 @@ def flow_consistency(estimate: FlowEstimator, predicted: Tensor, true: Tensor, v
     # Motion is a small difference of large numbers: half precision would round it away.
     with torch.autocast(predicted.device.type, enabled=False):
         with torch.no_grad():
-            forth, back = estimate(g0, g1), estimate(g1, g0)
-        return 0.5 * (F.l1_loss(estimate(r0, r1), forth) + F.l1_loss(estimate(r1, r0), back))
+            forth, back = (truth or estimate)(g0, g1), (truth or estimate)(g1, g0)
+        return 0.5 * (
+            F.l1_loss(_with_gradient(estimate, r0, r1), forth) + F.l1_loss(_with_gradient(estimate, r1, r0), back)
+        )
+
+
+def _with_gradient(estimate: FlowEstimator, a: Tensor, b: Tensor) -> Tensor:
+    """Flow from `a` to `b`; refused where the pictures have a gradient and the flow has none."""
+    flow = estimate(a, b)
+    if torch.is_grad_enabled() and a.requires_grad and not flow.requires_grad:
+        raise ValueError(
+            f"{type(estimate).__name__} gives flow without a gradient, so the flow term would teach nothing; estimate "
+            "the motion of predicted frames by another one, such as LucasKanade, and give this one as `truth`"
+        )
+    return flow
 
 
 class LatentActionLoss(nn.Module):
@@ -134,10 +155,12 @@ class LatentActionLoss(nn.Module):
     Args:
         config: Weights.
         perceptual: Distance of pictures in [-1, 1], (M, 3, H, W) twice to (M,), such as `LpipsVGG`. Frozen.
-        estimate: Optical flow, such as `LucasKanade` or `Raft`. Frozen.
+        estimate: Optical flow, such as `LucasKanade` or `Raft`. Frozen; a gradient must come through it.
+        truth: Another one for the true frames, which needs no gradient, such as `KlTracing`; `estimate` if not given.
 
     Raises:
-        ValueError: A weight is above 0 without what it weighs, or the reverse.
+        ValueError: A weight is above 0 without what it weighs, or the reverse; at the first batch, an `estimate`
+            without a gradient.
     """
 
     def __init__(
@@ -146,6 +169,7 @@ class LatentActionLoss(nn.Module):
         *,
         perceptual: PerceptualDistance | None = None,
         estimate: FlowEstimator | None = None,
+        truth: FlowEstimator | None = None,
     ) -> None:
         super().__init__()
         for name, weight, part in (
@@ -155,8 +179,11 @@ class LatentActionLoss(nn.Module):
             if (weight > 0) != (part is not None):
                 wanted = "has no network" if weight > 0 else "has a network it does not use"
                 raise ValueError(f"the {name} term has weight {weight} and {wanted}; give both or neither")
+        if truth is not None and estimate is None:
+            raise ValueError("`truth` is for the true frames; give `estimate` for the predicted ones as well")
         self.config = config
-        self.perceptual, self.estimate = perceptual, estimate
+        self.perceptual, self.estimate, self.truth = perceptual, estimate, truth
+        self._tried = False
 
     def forward(
         self, prediction: Prediction, clip: Tensor, *, step: int, frame_mask: Tensor | None = None
@@ -185,6 +212,11 @@ class LatentActionLoss(nn.Module):
         if self.perceptual is not None and bool(valid.any()):
             terms["perceptual"] = self.perceptual(2 * frames[valid] - 1, 2 * true[valid] - 1).mean()
             total = total + config.perceptual * terms["perceptual"]
+        if self.estimate is not None and not self._tried and frames.requires_grad:
+            self._tried = True  # now, not when the term starts, which may be hours from here
+            still = frames[:1, 0].detach().float().requires_grad_()
+            with torch.autocast(frames.device.type, enabled=False):
+                _with_gradient(self.estimate, still, still)
         weight = config.flow.at(step)
         if self.estimate is not None and weight > 0:
             some = slice(config.flow_clips)
@@ -195,13 +227,18 @@ class LatentActionLoss(nn.Module):
     def _flow(self, frames: Tensor, clip: Tensor, valid: Tensor, frame_mask: Tensor) -> Tensor:
         assert self.estimate is not None
         if not self.config.from_given_frame:
-            return flow_consistency(self.estimate, frames, clip[:, 1:], valid)
+            return flow_consistency(self.estimate, frames, clip[:, 1:], valid, truth=self.truth)
         frames = torch.cat((clip[:, :1].to(frames), frames), 1)
-        return flow_consistency(self.estimate, frames, clip, torch.cat((frame_mask[:, :1], valid), 1))
+        valid = torch.cat((frame_mask[:, :1], valid), 1)
+        return flow_consistency(self.estimate, frames, clip, valid, truth=self.truth)
 
 
 def feature_loss(
-    prediction: Prediction, features: Tensor, *, distance: Literal["l1", "mse"] = "mse"
+    prediction: Prediction,
+    features: Tensor,
+    *,
+    distance: Literal["l1", "mse"] = "mse",
+    frame_mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Terms for a model whose target is the features of the next frame, as in UniVLA.
 
@@ -209,9 +246,11 @@ def feature_loss(
         prediction: Of the model, `frames` of shape (B, T, P, D).
         features: True features of frames 1 .. T, same shape; no gradient goes into them.
         distance: `mse` (UniVLA) or `l1`.
+        frame_mask: Shape (B, T+1), False for padding, which is not scored.
 
     Returns:
         `total`, `features` and `quantizer`.
     """
-    term = pixel_loss(prediction.frames, features.detach(), distance=distance)
+    valid = None if frame_mask is None else frame_mask[:, 1:] & frame_mask[:, :-1]
+    term = pixel_loss(prediction.frames, features.detach(), valid, distance=distance)
     return {"total": term + prediction.actions.loss, "features": term, "quantizer": prediction.actions.loss}

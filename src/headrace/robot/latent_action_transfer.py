@@ -50,7 +50,7 @@ def carry_over(model: LatentActionModel, driver: Tensor, start: Tensor) -> Trans
 
     Args:
         model: Predicts pixels; in eval mode.
-        driver: Clips in [0, 1], shape (B, T, 3, S, S).
+        driver: Clips in [0, 1], shape (B, T, 3, S, S), on any device.
         start: Same shape.
 
     Raises:
@@ -58,6 +58,7 @@ def carry_over(model: LatentActionModel, driver: Tensor, start: Tensor) -> Trans
     """
     if driver.shape != start.shape:
         raise ValueError(f"clips must have one shape, got {tuple(driver.shape)} and {tuple(start.shape)}")
+    driver, start = driver.to(model.device), start.to(model.device)
     actions = [model.encode(clip) for clip in (driver, start)]
     driven, own = (torch.cat((start[:, :1], model.rollout(start[:, :1], a.vectors)), 1) for a in actions)
     codes = actions[0].codes.cpu().numpy()

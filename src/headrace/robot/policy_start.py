@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-from headrace.contracts import SpecMismatch, require_same_spec
+from headrace.contracts import ActionSpec, SpecMismatch, require_same_spec
 from headrace.datasets.lerobot_demos import LeRobotDemos
 from headrace.datasets.lerobot_files import find_cameras, read_info, resolve_dataset
 from headrace.datasets.mixture import Mixture
@@ -18,13 +18,20 @@ from headrace.nn.pretrained import read_config, resolve_folder
 from headrace.robot.action_bins import ActionBinsConfig
 from headrace.robot.action_decoder import ActionDecoderConfig
 from headrace.robot.carry_over import CarriedOver, carry_over, require_same_conditions
-from headrace.robot.finetune import fit_to_data, instructions_of, read_demonstrations, recorded_spec, spec_of
+from headrace.robot.finetune import (
+    fit_to_data,
+    horizon_of,
+    instructions_of,
+    read_demonstrations,
+    recorded_spec,
+    spec_of,
+)
 from headrace.robot.lerobot_checkpoint import load_network
 from headrace.robot.sizes import image_size, policy_config
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_bins import VipraBins, VipraBinsConfig
 from headrace.robot.vipra_config import ActorConfig, TrunkConfig, shared_fields
-from headrace.robot.vipra_pretraining import VipraPretraining
+from headrace.robot.vipra_pretraining import VipraPretraining, VipraPretrainingConfig
 from headrace.robot.vipra_trunk import words_of
 
 log = logging.getLogger(__name__)
@@ -41,6 +48,8 @@ class Start:
         bins: Per dimension, for `bins`.
         demonstrations: Episodes of each dataset; None for all.
         history: Frames seen, where it is to differ from pretraining's.
+        horizon: Actions of a chunk; None for the size's, or for as many as pretraining's horizon has steps. A policy's
+            checkpoint has its own.
         camera_size: Side to which pictures are stretched from scratch [px]; None shrinks the whole picture to what the
             network sees and a margin for random shifts, or keeps square ones where `crop` is given.
         crop: (left, top) of the square that the network sees of that [px]; the middle by default.
@@ -58,6 +67,7 @@ class Start:
     bins: int = 2047
     demonstrations: int | None = None
     history: tuple[int, ...] | None = None
+    horizon: int | None = None
     camera_size: int | None = None
     crop: tuple[int, int] | None = None
     override: tuple[str, ...] = ()
@@ -72,6 +82,8 @@ class Start:
             raise ValueError(f"head is 'flow' or 'bins', got {self.head!r}")
         if self.segments != 1 and self.head == "bins":
             raise ValueError("time segments are for the flow head; leave segments at 1 with head 'bins'")
+        if self.horizon is not None and self.horizon < 1:
+            raise ValueError(f"a chunk has at least 1 action, got horizon {self.horizon}")
 
 
 class Prepared(NamedTuple):
@@ -103,6 +115,9 @@ def prepare(sources: Sequence[str | Path], start: Start) -> Prepared:
         own = policy.config.decoder.segments if isinstance(policy, VipraPolicy) else 1
         if start.segments not in (1, own):
             raise ValueError(f"{start.init} has a decoder of {own} time segments; {start.segments} need a new decoder")
+        if start.horizon not in (None, horizon_of(policy.config)):
+            given = horizon_of(policy.config)
+            raise ValueError(f"{start.init} has chunks of {given} actions, asked for {start.horizon}; leave it out")
         data = read_demonstrations(sources, policy.config, demonstrations=start.demonstrations)
         _require_meaning(policy.config, data)
         return Prepared(policy.train(), data, None)
@@ -110,6 +125,8 @@ def prepare(sources: Sequence[str | Path], start: Start) -> Prepared:
     first = LeRobotDemos(sources[0], image_size=(size, size))
     spec = spec_of(first.folder, first)
     config = policy_config(start.size, spec, cameras=first.cameras, camera_size=size, crop=start.crop)
+    if start.horizon is not None:
+        config = replace(config, decoder=replace(config.decoder, horizon=start.horizon))
     return _with_data(config, sources, start)
 
 
@@ -117,23 +134,54 @@ def _from_pretraining(sources: Sequence[str | Path], source: VipraPretraining, s
     seen, record = source.config, source.config.record
     _refuse_options(start)
     first = LeRobotDemos(sources[0], image_size=(seen.camera_size, seen.camera_size))
-    history = start.history or seen.history
+    history = start.history or record.history_at(first.fps)
     require_same_conditions(record, history=history, rate=first.fps, lam_hash=start.lam_hash, override=start.override)
-    spec = spec_of(first.folder, first)
-    trunk = shared_fields(seen, TrunkConfig) | {"cameras": first.cameras, "history": history}
-    config = VipraConfig(
+    config = policy_of(
+        seen,
+        spec_of(first.folder, first),
+        cameras=first.cameras,
+        history=history,
+        horizon=start.horizon,
+        draws=start.draws,
+    )
+    prepared = _with_data(config if start.carry else replace(config, pretraining=None), sources, start)
+    if not start.carry:
+        return prepared
+    report = carry_over(source, prepared.model, frames_per_step=record.frames_per_step(first.fps))
+    return prepared._replace(report=report)
+
+
+def policy_of(
+    seen: VipraPretrainingConfig,
+    spec: ActionSpec,
+    *,
+    cameras: tuple[str, ...],
+    history: tuple[int, ...],
+    horizon: int | None = None,
+    draws: int = 4,
+) -> VipraConfig:
+    """The config of a flow policy on a pretrained network's trunk, without statistics.
+
+    Args:
+        seen: Of the pretrained network; what it was trained on is kept as `pretraining`.
+        spec: The action convention.
+        cameras: Names of the policy's cameras.
+        history: Frames seen, in frames of the demonstrations.
+        horizon: Actions of a chunk; None for as many as pretraining's horizon has steps.
+        draws: Draws of (time, noise) per sample.
+    """
+    trunk = shared_fields(seen, TrunkConfig) | {"cameras": cameras, "history": history}
+    return VipraConfig(
         **trunk,
         spec=spec.to_dict(),
         action_normalizer=NormalizerConfig.identity(spec.dim),
-        decoder=ActionDecoderConfig(width=seen.backbone.width, action_dim=spec.dim, horizon=record.horizon),
+        decoder=ActionDecoderConfig(
+            width=seen.backbone.width, action_dim=spec.dim, horizon=horizon or seen.record.horizon
+        ),
         action_attention=seen.prefix_attention,
-        draws=start.draws,
-        pretraining=record if start.carry else None,
+        draws=draws,
+        pretraining=seen.record,
     )
-    prepared = _with_data(config, sources, start)
-    if not start.carry:
-        return prepared
-    return prepared._replace(report=carry_over(source, prepared.model))
 
 
 def _with_data(config: VipraConfig, sources: Sequence[str | Path], start: Start) -> Prepared:

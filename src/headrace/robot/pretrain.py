@@ -1,6 +1,6 @@
 """Pretraining from labelled videos: what belongs together is checked, then the one training loop runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +38,7 @@ class PretrainSettings:
         batch_size: Samples per update, over all processes.
         lr: Learning rate after `warmup` updates.
         schedule: `constant`, or a `cosine` to a tenth.
-        move: Pictures are moved by up to so many pixels [px]; not for frames as ids.
+        move: Pictures are moved by up to so many pixels [px]; only where neither context nor future frame is ids.
         precision: Of the forward pass; `auto` is bf16 where the device multiplies it natively, else fp32.
         checkpointing: Whether activations are computed again in the backward pass, for memory.
     """
@@ -104,7 +104,7 @@ def config_for(
     future = fields != "la"
     if encoder is None and (future or isinstance(trunk.image, FrameCodesConfig)):
         raise ValueError(f"fields {fields!r} need a frame tokenizer")
-    header = labels.header
+    header, strides = labels.header, set(labels.stride.tolist())
     record = PretrainingRecord(
         history=trunk.history,
         rate=labelled_rate(labels),
@@ -113,6 +113,7 @@ def config_for(
         future=future,
         lam_hash=header.lam_hash,
         tokenizer_hash="" if encoder is None else encoder_hash(encoder),
+        stride=strides.pop() if len(strides) == 1 else 1,
     )
     more: dict[str, Any] = {}
     if encoder is not None:
@@ -136,8 +137,12 @@ def open_data(
     *,
     decode: Decode = "cache",
     done: Any = lambda part, parts: None,
+    shard: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> PretrainingData:
     """Samples of labelled videos; frames are tokenised into `cache` where that is not done yet.
+
+    The encoder works where it lies; `done`, `shard` and `wait` are those of `cache_tokens`.
 
     Raises:
         ValueError: The labels are of another corpus, or do not fit the config.
@@ -149,7 +154,8 @@ def open_data(
         )
     tokens: FrameTokens | None = None
     if encoder is not None:
-        tokens = cache_tokens(corpus, encoder, cache, crop=(*config.crop, config.image.size), done=done)
+        crop = (*config.crop, config.image.size)
+        tokens = cache_tokens(corpus, encoder, cache, crop=crop, done=done, shard=shard, wait=wait)
     return PretrainingData(labels, corpus, tokens, config)
 
 

@@ -1,11 +1,14 @@
 """Every frame of a corpus as ids of a frozen tokenizer, computed once and mapped from disk.
 
 A folder holds `tokens.json` (what made them) and `part-00000.npy` and following, each the frames of some videos in
-order. Parts are whole or absent, so a killed run goes on where it was.
+order; a video that cannot be decoded has -1 for all its ids. Parts are whole or absent, so a killed run goes on where
+it was.
 """
 # Shape letters: F frames of a part, N ids of a frame.
 
 import json
+import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -16,11 +19,13 @@ import numpy as np
 import torch
 
 from headrace.datasets.video_clips import VideoClips
+from headrace.datasets.video_scan import BadVideo
 from headrace.nn.pretrained import config_from_dict, void, write_atomically
 from headrace.robot.frame_codes import frames_to_codes
 from headrace.vlm.visual_encoder import VisualEncoder
 
 HEADER_FILE = "tokens.json"
+UNREADABLE = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,9 @@ def encoder_hash(encoder: VisualEncoder) -> str:
 class FrameTokens:
     """A finished cache: ids of any frame of any video of the corpus.
 
+    Attributes:
+        damaged: Numbers of the videos that could not be decoded, int64, shape (D,); they have no ids.
+
     Args:
         folder: Written by `cache_tokens`.
         corpus: The corpus it was made of.
@@ -80,13 +88,16 @@ class FrameTokens:
         self._first = np.concatenate([[0], np.cumsum(corpus.lengths)])
         if self._starts[-1] != self._first[-1]:
             raise ValueError(f"{folder} holds {self._starts[-1]} frames, the corpus {self._first[-1]}")
+        self.damaged = np.flatnonzero(self._rows(self._first[:-1])[:, 0] == UNREADABLE)
 
     def read(self, videos: np.ndarray, frames: np.ndarray) -> torch.Tensor:
         """Ids of frames by video number and frame number, both (B,); int64, shape (B, N)."""
-        rows = self._first[videos] + frames
+        return torch.from_numpy(self._rows(self._first[videos] + frames).astype(np.int64))
+
+    def _rows(self, rows: np.ndarray) -> np.ndarray:
         part = np.searchsorted(self._starts, rows, side="right") - 1
-        found = [self._parts[p][r - self._starts[p]] for p, r in zip(part.tolist(), rows.tolist(), strict=True)]
-        return torch.from_numpy(np.stack(found).astype(np.int64))
+        places = zip(part.tolist(), rows.tolist(), strict=True)
+        return np.stack([self._parts[p][r - self._starts[p]] for p, r in places])
 
 
 def cache_tokens(
@@ -98,8 +109,12 @@ def cache_tokens(
     batch_size: int = 64,
     frames_per_part: int = 20_000,
     done: Callable[[int, int], None] = lambda part, parts: None,
+    shard: tuple[int, int] = (0, 1),
+    wait: Callable[[], None] = lambda: None,
 ) -> FrameTokens:
     """Tokenise a corpus into a folder of its own below `folder`; parts that are there already stay.
+
+    Videos that turn out to be damaged get no ids, with a warning that counts them.
 
     Args:
         corpus: Videos, all read at one square size.
@@ -109,6 +124,8 @@ def cache_tokens(
         batch_size: Frames at a time.
         frames_per_part: About so many frames a file.
         done: Called with (part, parts) after each part.
+        shard: This process's number and the number of processes; it does the parts that leave this remainder.
+        wait: Returns when all processes have called it; every one of them reads the finished cache.
 
     Raises:
         ValueError: The encoder gives no codes, or the crop leaves the picture.
@@ -130,26 +147,32 @@ def cache_tokens(
         parts=len(groups),
     )
     own = folder / sha256(json.dumps(asdict(header)).encode()).hexdigest()[:16]
+    rank, world = shard
     for part, videos in enumerate(groups):
-        if not _part_path(own, part).is_file():
+        if part % world == rank and not _part_path(own, part).is_file():
             _write_part(corpus, encoder.eval(), videos, header, _part_path(own, part), batch_size)
             done(part, len(groups))
     text = json.dumps(asdict(header), indent=2) + "\n"
-    write_atomically(own / HEADER_FILE, lambda path: void(path.write_text(text)))
+    if rank == 0:
+        write_atomically(own / HEADER_FILE, lambda path: void(path.write_text(text)))
+    wait()
     return FrameTokens(own, corpus)
 
 
 def _write_part(
     corpus: VideoClips, encoder: VisualEncoder, videos: range, header: TokenHeader, path: Path, batch_size: int
 ) -> None:
-    left, top, side = header.crop
-    rows = []
+    rows: list[np.ndarray] = []
+    reasons: Counter[str] = Counter()
     for video in videos:
-        for start in range(0, int(corpus.lengths[video]), batch_size):
-            wanted = np.arange(start, min(start + batch_size, int(corpus.lengths[video])))
-            frames = torch.from_numpy(corpus.read(video, wanted)[:, top : top + side, left : left + side])
-            device = next(encoder.parameters()).device
-            rows.append(frames_to_codes(encoder, frames.permute(0, 3, 1, 2).to(device)).cpu().numpy())
+        try:
+            rows.append(_video_codes(corpus, encoder, video, header.crop, batch_size))
+        except BadVideo as error:
+            reasons[error.reason] += 1
+            rows.append(np.full((int(corpus.lengths[video]), header.tokens), UNREADABLE))
+    if reasons:
+        text = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        warnings.warn(f"{path.name}: {reasons.total()} of {len(videos)} videos have no ids ({text})", stacklevel=3)
     codes = np.concatenate(rows).astype(np.int16 if header.codes <= 2**15 else np.int32)
 
     def write(temporary: Path) -> None:
@@ -157,6 +180,20 @@ def _write_part(
             np.save(file, codes, allow_pickle=False)
 
     write_atomically(path, write)
+
+
+def _video_codes(
+    corpus: VideoClips, encoder: VisualEncoder, video: int, crop: tuple[int, int, int], batch_size: int
+) -> np.ndarray:
+    """Ids of all frames of a video, shape (F, N)."""
+    left, top, side = crop
+    device = next(encoder.parameters()).device
+    rows = []
+    for start in range(0, int(corpus.lengths[video]), batch_size):
+        wanted = np.arange(start, min(start + batch_size, int(corpus.lengths[video])))
+        frames = torch.from_numpy(corpus.read(video, wanted)[:, top : top + side, left : left + side])
+        rows.append(frames_to_codes(encoder, frames.permute(0, 3, 1, 2).to(device)).cpu().numpy())
+    return np.concatenate(rows)
 
 
 def _groups(lengths: np.ndarray, frames_per_part: int) -> list[range]:

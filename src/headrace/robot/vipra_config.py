@@ -110,12 +110,13 @@ class PretrainingRecord:
 
     Attributes:
         history: Frames seen, relative to the present, in steps of `rate`.
-        rate: Steps a second [Hz]; None where the videos differed.
+        rate: Steps a second of labels, history and horizon [Hz]; None where the videos differed.
         horizon: Steps from the present to the future frame.
         latent_steps: Latent actions predicted, of `horizon`; 0 for none.
         future: Whether the future frame was predicted.
         lam_hash: Which latent action model wrote the labels.
         tokenizer_hash: Which tokenizer the future frame's ids are of.
+        stride: Frames of the videos per step, so that they had `rate * stride` frames a second; 1 where they differed.
     """
 
     history: tuple[int, ...]
@@ -125,6 +126,16 @@ class PretrainingRecord:
     future: bool
     lam_hash: str
     tokenizer_hash: str
+    stride: int = 1
+
+    def frames_per_step(self, rate: float) -> int:
+        """Frames per step in data of this frame rate [Hz]: `stride` at the videos' own rate, and 1 at any other."""
+        own = self.rate is not None and self.stride > 1 and abs(self.rate * self.stride - rate) <= 1e-3 * rate
+        return self.stride if own else 1
+
+    def history_at(self, rate: float) -> tuple[int, ...]:
+        """`history` in frames of data of this frame rate [Hz]: at the videos' own rate the same moments as there."""
+        return tuple(step * self.frames_per_step(rate) for step in self.history)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -108,7 +108,9 @@ def replace_dead_codes(
         new += _noise(new, schedule.jitter, generator)
     elif len(dead):
         pool = new[used].repeat(-(-len(dead) // len(used)), 1)
-        order = torch.randperm(len(pool), generator=generator) if order is None else order
+        if order is None:
+            device = generator.device if generator is not None else pool.device
+            order = torch.randperm(len(pool), generator=generator, device=device)
         copies = pool[order.to(pool.device)[: len(dead)]]
         new[dead] = copies + _noise(copies, schedule.jitter, generator)
     if dist.is_initialized():

@@ -1,6 +1,7 @@
 """A codebook placed where the rows are: k-means on a batch, for quantisers that begin after a time without one."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from headrace.nn.quantizers.noise_substitution import NoiseSubstitution
@@ -20,6 +21,8 @@ def start_codes(
 ) -> None:
     """Overwrite the codebook by k-means centres of rows, begun as in k-means++, and start counting use anew.
 
+    With several processes the first one's rows decide and the others follow.
+
     Args:
         quantizer: Whose `codebook` and `usage` are changed.
         rows: Shape (R, D), at least as many as codes.
@@ -37,7 +40,10 @@ def start_codes(
         raise ValueError(f"{quantizer.codes} codes need at least as many rows, got {len(rows)}")
     with torch.autocast(rows.device.type, enabled=False):
         centres = _centres(rows.float(), quantizer.codes, rounds, generator)
-    quantizer.codebook.copy_(centres.to(quantizer.codebook))
+    centres = centres.to(quantizer.codebook).contiguous()
+    if dist.is_initialized():
+        dist.broadcast(centres, src=0)
+    quantizer.codebook.copy_(centres)
     quantizer.usage.zero_()
     if isinstance(quantizer, Vector):
         quantizer.moved(torch.arange(quantizer.codes, device=rows.device))
