@@ -163,6 +163,30 @@ def test_a_rehearsal_shows_the_recording_and_moves_nothing():
     np.testing.assert_allclose(arm.difference(), np.abs(sent - arm.actions).mean(axis=0))
 
 
+@pytest.mark.slow
+def test_an_episode_of_a_dataset_is_read_frame_by_frame(tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    joints = {"dtype": "float32", "shape": (2,), "names": ["shoulder.pos", "gripper.pos"]}
+    picture = {"dtype": "image", "shape": (16, 24, 3), "names": ["height", "width", "channels"]}
+    features = {"observation.images.front": picture, "observation.state": joints, "action": joints}
+    made = LeRobotDataset.create("local/d", fps=10, features=features, root=tmp_path / "d", use_videos=False)
+    for step in range(3):
+        state = np.array([step, 10 * step], np.float32)
+        shown = np.full((16, 24, 3), 50 + step, np.uint8)
+        made.add_frame(
+            {"observation.images.front": shown, "observation.state": state, "action": state + 1, "task": "go"}
+        )
+    made.save_episode()
+    made.finalize()
+    arm = recorded_arm(tmp_path / "d", 0)
+    assert arm.joints == JOINTS and arm.cameras == ("front",) and arm.rate == 10.0
+    np.testing.assert_array_equal(arm.actions - arm.states, np.ones((3, 2)))
+    assert [(one.shape, one.dtype, int(one[0, 0, 0])) for one in arm.images["front"]] == [
+        ((16, 24, 3), np.uint8, 50 + step) for step in range(3)
+    ]
+
+
 def test_recordings_that_cannot_be_played_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\(T, 2\)"):
         RecordedArm(joints=JOINTS, states=np.zeros((3, 2)), actions=np.zeros((3, 4)))

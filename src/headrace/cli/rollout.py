@@ -151,7 +151,7 @@ def checkpoint_of(policy: str, made: Any = None) -> str:
     if policy in ("random", "oracle"):
         return ""
     if is_served(policy):
-        remote = made or make_policy(policy, [], settings_of(solver="euler", precision="fp32"))
+        remote = made or make_policy(policy, [], {"solver": "euler", "precision": "fp32"})
         told = str(remote.metadata.get("checkpoint", ""))
         if made is None:
             remote.close()
