@@ -162,6 +162,26 @@ class Needs:
                     f"gives {' x '.join(map(str, size))}"
                 )
 
+    def require_shown(self, observation: Observation) -> None:
+        """Refuse an observation that lacks what the policy must be shown, in the present or in earlier steps.
+
+        Raises:
+            SpecMismatch: A camera is absent, a picture has another size, or the state another length.
+        """
+        for images in (observation.images, *observation.past):
+            absent = [camera for camera in self.cameras if camera not in images]
+            if absent:
+                raise SpecMismatch(
+                    f"the policy needs the camera {', '.join(absent)}; the observation has "
+                    f"{', '.join(images) or 'none'}"
+                )
+            self.require_pictures(Observation(images=images, state=observation.state))
+        if self.state_names and len(observation.state) != len(self.state_names):
+            raise SpecMismatch(
+                f"the policy needs a state of {len(self.state_names)} numbers ({', '.join(self.state_names)}), the "
+                f"observation has {len(observation.state)}"
+            )
+
 
 class EpisodesLost(ConnectionError):
     """A policy has forgotten running episodes, such as after a lost connection; the others go on.

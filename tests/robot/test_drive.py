@@ -2,11 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from headrace.contracts import ActionChunk, ActionSpec, SpecMismatch
+from headrace.contracts import ActionChunk, ActionSpec, Needs, SpecMismatch
+from headrace.robot.action_queue import ActionQueue
 from headrace.robot.arm import ArmFault, MockArm
 from headrace.robot.drive import DriveConfig, drive
 from headrace.robot.safety import SafetyLimits
@@ -123,6 +125,53 @@ def test_wrong_conventions_are_refused_before_anything_moves():
     assert arm.sent == []
 
 
+def test_a_policy_trained_on_lerobots_recordings_fits_the_arm_that_made_them():
+    policy = Wave(seconds=0.01)
+    policy.spec = replace(policy.spec, names=tuple(f"{name}.pos" for name in JOINTS), gripper="none")
+    policy.needs = Needs(state_names=policy.spec.names)
+    assert drive(MockArm(), policy, LIMITS, DriveConfig(seconds=0.3)).reason == "done"
+    policy.needs = Needs(state_names=tuple(f"state_{index}" for index in range(6)))
+    assert drive(MockArm(), policy, LIMITS, DriveConfig(seconds=0.3)).reason == "done"
+
+
+@pytest.mark.parametrize(
+    ("needs", "why"),
+    [
+        (Needs(state_names=("x", "y", "z", "roll", "pitch", "yaw")), "joints as the state.*x is pan"),
+        (Needs(state_names=JOINTS[:2]), "a state of 2 numbers"),
+        (Needs(cameras=("wrist",)), "camera wrist"),
+        (Needs(cameras=("front",), picture_size=(9, 9)), "9 x 9 px, camera front gives 8 x 8"),
+    ],
+)
+def test_a_policy_that_would_not_see_what_it_needs_moves_nothing(needs, why):
+    arm, policy = MockArm(picture=(8, 8)), Wave()
+    policy.needs = needs
+    with pytest.raises(SpecMismatch, match=why):
+        drive(arm, policy, LIMITS, DriveConfig())
+    assert arm.sent == [] and not arm.connected
+
+
+@pytest.mark.parametrize(("error", "why"), [(KeyboardInterrupt(), "interrupted"), (KeyError("pan"), "KeyError: 'pan'")])
+def test_whatever_ends_the_loop_the_arm_is_braked_and_the_report_kept(error, why):
+    class Stopped(MockArm):
+        def read(self):
+            if self._reads == 30:
+                raise error
+            return super().read()
+
+    arm = Stopped()
+    report = drive(arm, Wave(seconds=0.02), LIMITS, DriveConfig(seconds=5.0))
+    assert why in report.reason and 20 < len(report.ticks) <= 30 and not arm.connected
+    np.testing.assert_array_equal(arm.sent[-1], arm.sent[-2])  # at rest
+    velocity = np.diff(np.array(arm.sent), axis=0) * 30
+    assert np.abs(np.diff(velocity, axis=0)).max() <= 2000 / 30 + 1e-6
+
+
+def test_a_policy_that_thinks_longer_than_its_chunk_is_left_with_is_asked_in_time():
+    report = drive(MockArm(), Wave(seconds=0.25, horizon=30), LIMITS, DriveConfig(seconds=3.0, execute=29))
+    assert report.reason == "done" and report.held <= 3  # a loaded machine; asked at the last row it would be 15
+
+
 def test_an_arm_that_starts_out_of_range_is_not_moved():
     arm = MockArm()
     arm.position = arm.target = np.full(6, 400.0)
@@ -131,7 +180,7 @@ def test_an_arm_that_starts_out_of_range_is_not_moved():
     assert arm.sent == [] and not arm.connected
 
 
-def test_a_policy_that_can_continue_is_given_what_will_be_executed():
+def test_a_policy_that_can_continue_is_given_what_will_be_executed(monkeypatch):
     class Continues(Wave):
         prefixes = ()
 
@@ -140,8 +189,22 @@ def test_a_policy_that_can_continue_is_given_what_will_be_executed():
             return self.act(observations, slots)
 
     policy = Continues(seconds=0.1)
+
+    def leftover(self, now, original=ActionQueue.leftover):
+        asked.append(now)
+        return original(self, now)
+
+    def merge(self, targets, start, now, original=ActionQueue.merge):
+        placed.append(start)
+        original(self, targets, start, now)
+
+    asked: list[float] = []
+    placed: list[float] = []
+    monkeypatch.setattr(ActionQueue, "leftover", leftover)
+    monkeypatch.setattr(ActionQueue, "merge", merge)
     drive(MockArm(), policy, LIMITS, DriveConfig(seconds=1.5))
     assert policy.prefixes and all(0 < rows <= 41 and delay >= 3 for rows, delay in policy.prefixes)
+    assert set(placed[1:]) <= set(asked)  # row k of the prefix and of the answer are meant for the same moment
 
 
 def test_a_policy_that_looks_back_sees_its_own_control_steps():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from headrace.contracts import ActionChunk, ActionSpec
+from headrace.contracts import ActionChunk, ActionSpec, SpecMismatch
 from headrace.robot.arm import ArmFault
 from headrace.robot.drive import DriveConfig, drive
 from headrace.robot.drive_log import write_log, write_rerun
@@ -83,6 +83,56 @@ def test_two_drivers_on_one_port_are_refused_and_the_lock_is_given_back():
     second.close()
 
 
+def test_a_link_to_a_port_is_that_port_and_anothers_lock_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "ttyZ").touch()
+    (tmp_path / "by-id").symlink_to(tmp_path / "ttyZ")
+    first, second = LeRobotArm(Driver(str(tmp_path / "ttyZ"))), LeRobotArm(Driver(str(tmp_path / "by-id")))
+    first.connect()
+    with pytest.raises(ArmFault, match="another process drives"):
+        second.connect()
+    first.close()
+
+    def refused(path, mode):
+        raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr("pathlib.Path.open", refused)
+    with pytest.raises(ArmFault, match="belongs to another user"):
+        second.connect()
+
+
+def test_a_cable_pulled_at_the_end_costs_neither_report_nor_lock():
+    driver = Driver("/dev/ttyPulled")
+
+    def gone():
+        raise ConnectionError("no status packet")
+
+    driver.disconnect = gone
+    report = drive(LeRobotArm(driver), Still(), LIMITS, DriveConfig(seconds=0.3))
+    assert report.reason == "done" and len(report.ticks) > 1
+    other = LeRobotArm(Driver("/dev/ttyPulled"))
+    other.connect()
+    other.close()
+
+
+def test_a_driver_that_leaves_a_joint_out_is_a_fault():
+    driver = Driver()
+    arm = LeRobotArm(driver)
+    del driver.position["gripper.pos"]
+    with pytest.raises(ArmFault, match=r"gave no gripper\.pos; it gave shoulder\.pos, front"):
+        arm.read()
+    driver.send_action = lambda action: {}
+    with pytest.raises(ArmFault, match=r"shoulder\.pos, gripper\.pos"):
+        arm.send(np.zeros(2))
+
+
+def test_every_robot_of_lerobot_is_known_whatever_the_others_lack():
+    from headrace.robot.lerobot_arm import make_lerobot_arm
+
+    with pytest.raises(ValueError, match=r"(?s)no LeRobot robot 'no_such'.*lekiwi.*so101_follower"):
+        make_lerobot_arm("no_such", {}, rate=30.0)
+
+
 def test_what_goes_wrong_on_the_bus_is_a_fault_with_the_port():
     for driver, why in ((Driver(fails=True), "no such device"), (Driver(calibrated=False), "lerobot-calibrate")):
         arm = LeRobotArm(driver)
@@ -113,6 +163,30 @@ def test_a_rehearsal_shows_the_recording_and_moves_nothing():
     np.testing.assert_allclose(arm.difference(), np.abs(sent - arm.actions).mean(axis=0))
 
 
+@pytest.mark.slow
+def test_an_episode_of_a_dataset_is_read_frame_by_frame(tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    joints = {"dtype": "float32", "shape": (2,), "names": ["shoulder.pos", "gripper.pos"]}
+    picture = {"dtype": "image", "shape": (16, 24, 3), "names": ["height", "width", "channels"]}
+    features = {"observation.images.front": picture, "observation.state": joints, "action": joints}
+    made = LeRobotDataset.create("local/d", fps=10, features=features, root=tmp_path / "d", use_videos=False)
+    for step in range(3):
+        state = np.array([step, 10 * step], np.float32)
+        shown = np.full((16, 24, 3), 50 + step, np.uint8)
+        made.add_frame(
+            {"observation.images.front": shown, "observation.state": state, "action": state + 1, "task": "go"}
+        )
+    made.save_episode()
+    made.finalize()
+    arm = recorded_arm(tmp_path / "d", 0)
+    assert arm.joints == JOINTS and arm.cameras == ("front",) and arm.rate == 10.0
+    np.testing.assert_array_equal(arm.actions - arm.states, np.ones((3, 2)))
+    assert [(one.shape, one.dtype, int(one[0, 0, 0])) for one in arm.images["front"]] == [
+        ((16, 24, 3), np.uint8, 50 + step) for step in range(3)
+    ]
+
+
 def test_recordings_that_cannot_be_played_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"\(T, 2\)"):
         RecordedArm(joints=JOINTS, states=np.zeros((3, 2)), actions=np.zeros((3, 4)))
@@ -129,6 +203,67 @@ def test_the_log_says_what_happened_tick_by_tick(tmp_path):
     assert rows[-1]["sent"] == pytest.approx(report.ticks[-1].sent, abs=1e-4)
     with pytest.raises(FileExistsError, match="--out"):
         write_log(report, arm.joints, tmp_path / "log")
+
+
+URDF = """<robot name="r"><link name="base"/><link name="mid"/><link name="tip"/>
+<joint name="lift" type="revolute"><parent link="base"/><child link="mid"/><origin xyz="0 0 0"/><axis xyz="0 0 1"/>
+<limit lower="-2" upper="2" effort="1" velocity="1"/></joint>
+<joint name="pan" type="revolute"><parent link="mid"/><child link="tip"/><origin xyz="1 0 0"/><axis xyz="0 0 1"/>
+<limit lower="-2" upper="2" effort="1" velocity="1"/></joint></robot>"""
+
+
+def test_kinematics_go_by_joint_names_and_the_grippers_own_range(tmp_path, capsys):
+    from headrace.cli.drive import make_geometry
+    from headrace.robot.targets import require_arm_fits
+
+    (tmp_path / "arm.urdf").write_text(URDF)
+    joints = ("pan", "lift", "gripper")
+    limits = SafetyLimits(
+        joints=joints, low=(-2.0, -2.0, 5.0), high=(2.0, 2.0, 60.0), speed=(1.0,) * 3, acceleration=(1.0,) * 3
+    )
+
+    def arm(gripper, names=joints):
+        spec = ActionSpec(names=names, frame="joint", rotation="none", gripper=gripper, rate=30.0)
+        return SimpleNamespace(joints=names, spec=spec)
+
+    open_is_1 = make_geometry(tmp_path / "arm.urdf", "tip", arm("open_is_1"), limits, "radians")
+    assert open_is_1.arm_joints == (1, 0) and open_is_1.scale == (1.0, 1.0)
+    assert (open_is_1.gripper_shut, open_is_1.gripper_open) == (5.0, 60.0) and capsys.readouterr().err == ""
+    close_is_1 = make_geometry(tmp_path / "arm.urdf", "tip", arm("close_is_1"))
+    assert (close_is_1.gripper_shut, close_is_1.gripper_open) == (100.0, 0.0)
+    assert close_is_1.scale == pytest.approx((np.pi / 180,) * 2)
+    by_order = make_geometry(tmp_path / "arm.urdf", "tip", arm("open_is_1", ("a", "b", "gripper")))
+    assert by_order.arm_joints == (0, 1) and "lift is a, pan is b" in capsys.readouterr().err
+    spec = ActionSpec(names=("x", "y", "z", "g"), frame="base_delta", rotation="none", gripper="open_is_1", rate=5.0)
+    with pytest.raises(SpecMismatch, match="which end of the arm's number is open is not known"):
+        require_arm_fits(spec, arm("none").spec, open_is_1)
+
+
+def test_what_would_spoil_the_log_is_said_before_anything_moves(tmp_path, monkeypatch, capsys):
+    import headrace.cli.drive
+    from headrace.cli.main import main
+
+    monkeypatch.setattr(headrace.cli.drive, "make_policy", lambda name, steps: pytest.fail("too late"))
+    (tmp_path / "summary.json").write_text("{}")
+    assert main(["drive", "x", "--out", str(tmp_path)]) == 2
+    assert "already holds a log" in capsys.readouterr().err
+    monkeypatch.setattr("headrace.robot.drive_log.find_spec", lambda name: None)
+    assert main(["drive", "x", "--out", str(tmp_path / "new"), "--rerun"]) == 2
+    assert "rerun-sdk" in capsys.readouterr().err
+
+
+def test_an_arm_that_is_in_use_is_a_sentence_not_a_traceback(tmp_path, monkeypatch, capsys):
+    import headrace.cli.drive
+    from headrace.cli.main import main
+
+    held, arm = LeRobotArm(Driver("/dev/ttyHeld")), LeRobotArm(Driver("/dev/ttyHeld"))
+    held.connect()
+    monkeypatch.setattr(headrace.cli.drive, "make_policy", lambda name, steps: Still())
+    monkeypatch.setattr(headrace.cli.drive, "make_arm", lambda *given: arm)
+    monkeypatch.setattr(headrace.cli.drive, "make_limits", lambda *given, real: LIMITS)
+    assert main(["drive", "x", "--out", str(tmp_path / "log")]) == 1
+    assert "another process drives /dev/ttyHeld" in capsys.readouterr().err
+    held.close()
 
 
 @pytest.mark.slow

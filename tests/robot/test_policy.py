@@ -131,6 +131,23 @@ def test_history_repeats_the_first_frame_then_fills(folder):
     assert seen == [[1, 1], [1, 2], [1, 3], [2, 4]]
 
 
+def test_a_call_that_fails_leaves_every_history_as_it_was():
+    from dataclasses import replace
+
+    policy = FlowPolicy(VipraPolicy(replace(VipraConfig.tiny(SPEC), history=(-2, 0))))
+    for slot in (0, 1):
+        policy.reset(slot, seed=0)
+
+    def seen(value: int, state: int = 15) -> Observation:
+        picture = np.full((64, 64, 3), value, np.uint8)
+        return Observation(images={"base_camera": picture}, state=np.zeros(state, np.float32))
+
+    policy._history.inputs([seen(1)], [0])
+    with pytest.raises(ValueError, match="a state of 15 numbers"):
+        policy._history.inputs([seen(2), seen(2, state=3)], [0, 1])
+    assert policy._history.inputs([seen(2)], [0]).images[0, 0, :, 0, 0, 0].tolist() == [1, 2]
+
+
 def test_history_is_of_control_steps_where_the_observation_brings_them(caplog):
     from dataclasses import replace
 

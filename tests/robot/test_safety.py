@@ -90,8 +90,11 @@ def test_the_gripper_stays_in_its_workspace_and_may_come_back_to_it():
         return np.array([joints[0] / 100, 0.0, 0.0])
 
     safety = started(limits, gripper_at=place)
+    start = safety.command
     seen = [safety.bound(np.array([45.0, 10.0])) for _ in range(60)]
-    assert max(place(bounded.command)[0] for bounded in seen) <= 0.2
+    velocity = np.diff([start, *(bounded.command for bounded in seen)], axis=0) / PERIOD
+    assert (np.abs(np.diff(velocity, axis=0)) / PERIOD <= np.array(LIMITS.acceleration) + 1e-6).all()
+    assert max(place(bounded.command)[0] for bounded in seen) <= 0.2 + 1e-9
     assert seen[-1].command[0] > 15 and "workspace" in seen[-1].cut
     outside = started(limits, at=(40.0, 10.0), gripper_at=place)
     for _ in range(60):
@@ -110,6 +113,15 @@ def test_limits_are_read_from_a_file_and_checked(tmp_path):
     path.write_text(json.dumps({"joints": {"a": {"low": 0}}}))
     with pytest.raises(ValueError, match="high"):
         SafetyLimits.from_json(path)
-    for bad in ({"low": (2.0, 40.0)}, {"speed": (0.0, 1.0)}, {"high": (1.0,)}):
+    path.write_text(json.dumps({"joints": {"a": row}, "tolerance": 2, "jump": 9}))
+    limits = SafetyLimits.from_json(path)
+    assert (limits.tolerance, limits.jump) == (2.0, 9.0)
+    path.write_text(json.dumps({"joints": {"a": row}, "work_space": []}))
+    with pytest.raises(ValueError, match="unknown keys work_space; known are joints, workspace, tolerance, jump"):
+        SafetyLimits.from_json(path)
+    path.write_text(json.dumps({"joints": {"a": {**row, "accel": 3}}}))
+    with pytest.raises(ValueError, match="unknown keys accel"):
+        SafetyLimits.from_json(path)
+    for bad in ({"tolerance": -1.0}, {"jump": 0.0}, {"low": (2.0, 40.0)}, {"speed": (0.0, 1.0)}, {"high": (1.0,)}):
         with pytest.raises(ValueError):
             SafetyLimits(**{**vars(LIMITS), **bad})

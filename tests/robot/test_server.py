@@ -14,9 +14,9 @@ import pytest
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-from headrace.contracts import ActionChunk, ActionSpec, Observation
-from headrace.robot.client import RemotePolicy
-from headrace.robot.server import ServerConfig, background
+from headrace.contracts import ActionChunk, ActionSpec, Needs, Observation
+from headrace.robot.client import RemotePolicy, ServerRefused
+from headrace.robot.server import ServerConfig, _Pending, background
 from headrace.robot.wire import Limits, pack, unpack
 
 SPEC = ActionSpec(names=("x", "y", "gripper"), frame="base_delta", rotation="none", gripper="open_is_1", rate=5.0)
@@ -163,6 +163,47 @@ def test_a_bad_observation_fails_alone(served, instruction, why):
     assert unpack(good.recv(timeout=5))["actions"][0, 0] == 4.0
     bad.send(pack({"state": np.ones(1)}))
     assert unpack(bad.recv(timeout=5))["actions"][0, 0] == 1.0
+
+
+def test_an_observation_that_lacks_what_the_policy_needs_never_reaches_it():
+    policy = Echo()
+    policy.needs = Needs(cameras=("cam",), state_names=("x",))
+    with background(policy, ServerConfig(port=0, wait=0.5)) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        good, bad = RemotePolicy(url), RemotePolicy(url)
+        for client in (good, bad):
+            client.reset(0, seed=0)
+        for wrong, why in (
+            (Observation(images={}, state=np.ones(1, np.float32)), "camera cam"),
+            (Observation(images={"cam": PICTURE}, state=np.ones(2, np.float32)), "a state of 1 numbers"),
+            (
+                Observation(images={"cam": PICTURE}, state=np.ones(1, np.float32), past=({"eye": PICTURE},)),
+                "camera cam",
+            ),
+        ):
+            with pytest.raises(ServerRefused, match=why):
+                bad.act([wrong], [0])
+        assert policy.batches == [] and good.act([observation(3.0)], [0]).actions[0, 0, 1] == 1
+        bad.act([observation(3.0)], [0])
+
+
+def test_messages_beyond_what_may_wait_are_not_read_until_others_are_answered():
+    async def fill():
+        pending, slow = _Pending(100), asyncio.create_task(asyncio.sleep(0.05))
+        await pending.add(slow, 90)
+        second = asyncio.create_task(asyncio.sleep(10))
+        await asyncio.wait_for(pending.add(second, 90), 5)  # waits for the first
+        assert slow.done() and pending.size == 90
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pending.add(asyncio.create_task(asyncio.sleep(10)), 90), 0.05)
+
+    asyncio.run(fill())
+    with background(Echo(seconds=0.01), ServerConfig(port=0, max_pending=2000)) as server:
+        client = RemotePolicy(f"ws://127.0.0.1:{server.port}")
+        for slot in range(12):
+            client.reset(slot, seed=slot)
+        chunk = client.act([observation(float(slot)) for slot in range(12)], list(range(12)))
+        assert chunk.actions[:, 0, 0].tolist() == list(range(12))
 
 
 def test_malformed_messages_are_answered_and_counted(served):

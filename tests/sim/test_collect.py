@@ -121,6 +121,14 @@ class Expert:
     def __init__(self, environment): pass
     def reset(self): pass
     def act(self): return np.array([0.1], np.float32)
+
+class Careful(Expert):
+    acted = 0
+    @property
+    def finished(self): return self.acted >= 7
+    def act(self):
+        self.acted += 1
+        return super().act()
 """
 
 
@@ -158,6 +166,19 @@ def test_one_in_five_is_enough_and_the_last_one_counts(toy, tmp_path):
         for episode, tried in demonstrations_of(rare, CollectSettings(episodes=5, seed=1), workers):
             kept.append((episode.seed, tried))
     assert kept == [(5, 5), (10, 10), (15, 15), (20, 20), (25, 25)]
+
+
+def test_an_expert_that_has_more_to_do_after_success_does_it(toy):
+    from headrace.sim.episode import EpisodeRunner, Perturbation
+
+    for expert, steps in (("Expert", 5), ("Careful", 9)):  # success from step 3 on, finished at step 7
+        task = replace(toy, max_steps=20, expert=f"toy_to_collect:{expert}")
+        assert len(EpisodeRunner(task).demonstrate(1, Perturbation(), 2, 0).flags) == steps
+
+
+def test_a_benchmarks_test_episodes_are_no_demonstrations(tmp_path):
+    with pytest.raises(ValueError, match=r"seeds 0\.\.23 of simpler/stack-cube are its official test episodes.*got 5"):
+        collect(find_task("simpler/stack-cube"), CollectSettings(episodes=1, seed=5), tmp_path / "out")
 
 
 def test_a_full_disk_ends_with_a_sentence_and_no_folder(toy, tmp_path, monkeypatch, capsys):

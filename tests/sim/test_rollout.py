@@ -9,6 +9,7 @@ import pytest
 
 from headrace.cli.rollout import checkpoint_of
 from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Needs, SpecMismatch
+from headrace.sim.results import summarise
 from headrace.sim.rollout import RolloutSettings, roll_out
 from headrace.sim.run_folder import claim, read_episodes
 from headrace.sim.tasks import Task
@@ -227,7 +228,46 @@ def test_a_checkpoint_trained_anew_under_the_old_name_is_refused(task, tmp_path)
     (folder / "model.safetensors").write_bytes(bytes(1000) + b"x" + bytes(999))  # one byte, in the middle
     with pytest.raises(FileExistsError, match=r"checkpoint: '\w{16}' before, '\w{16}' now"):
         again()
-    assert checkpoint_of("random") == checkpoint_of("ws://127.0.0.1:8000") == ""
+    assert checkpoint_of("random") == ""
+
+
+def test_a_servers_checkpoint_is_the_runs_and_settings_that_were_not_used_are_not():
+    from headrace.robot.client import RemotePolicy
+    from headrace.robot.server import ServerConfig, background
+
+    with background(Pusher(), ServerConfig(port=0, checkpoint="0123456789abcdef")) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        remote = RemotePolicy(url)
+        assert checkpoint_of(url) == checkpoint_of(url, remote) == "0123456789abcdef"
+        remote.close()
+
+
+def test_the_policys_noise_can_differ_on_the_same_layouts(task, tmp_path):
+    class Noisy(Pusher):
+        def reset(self, slot, *, seed):
+            self.batches.append(seed)
+
+    for given, seeds in ((None, [7, 8, 9]), (50, [50, 51, 52])):
+        policy = Noisy()
+        results = run(task, policy, tmp_path / str(given), seed=7, policy_seed=given)
+        assert [seed for seed in policy.batches if seed != 1] == seeds and results["seeds"] == [7, 8, 9]
+    with pytest.raises(FileExistsError, match="policy_seed: 50 before, None now"):
+        run(task, Noisy(), tmp_path / "50", seed=7)
+
+
+def test_an_episode_that_broke_off_is_no_success_under_any_rule():
+    row = {"success": False, "success_once": True, "success_at_end": True, "success_rule": "at_end", "error": "died",
+           "steps": 3, "policy_ms": [], "seconds": 1.0, "seed": 0}  # fmt: skip
+    told = summarise("Toy", [row], seconds=1.0)
+    assert told["successes"] == told["successes_once"] == told["successes_at_end"] == 0 and told["errors"] == 1
+
+
+def test_what_an_environment_tells_about_itself_is_in_the_results(task, tmp_path):
+    source = (tmp_path / "toy_simulator.py").read_text()
+    (tmp_path / "told_simulator.py").write_text(source.replace("class Toy:", "class Toy:\n    about = {'port': 'toy'}"))
+    for _ in range(2):  # asked again, nothing is simulated
+        results = run(replace(task, environment="told_simulator:Toy"), Pusher(), tmp_path / "out")
+        assert results["environment"] == results["tasks"][0]["environment"] == {"port": "toy"}
 
 
 def test_a_finished_run_that_is_asked_for_again_keeps_what_it_measured(task, tmp_path):

@@ -39,6 +39,17 @@ def test_random_layouts_repeat_by_seed_and_stay_off_the_test(task):
     assert all(task.near_official(task.official_layout(episode)) for episode in range(24))
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_random_layouts_are_drawn_from_what_the_test_spans(task):
+    low, high = task.area
+    official = np.array([(one.source, one.target) for one in map(task.official_layout, range(24))])
+    drawn = np.array([(one.source, one.target) for one in map(task.random_layout, range(300))])
+    for layouts in (official, drawn):
+        assert (layouts >= low - 1e-9).all() and (layouts <= high + 1e-9).all()
+        assert np.linalg.norm(layouts[:, 0] - layouts[:, 1], axis=1).min() > task.least_distance
+    assert (np.ptp(drawn, axis=0) >= 0.9 * (high - low)).all()  # all of it, not a part
+
+
 def test_eggplant_ids_of_the_port_cover_its_three_first_orientations():
     ids = [stock_episode(simpler_task("eggplant-in-basket"), episode) for episode in range(24)]
     assert sorted(ids) == sorted(8 * position + yaw for position in range(8) for yaw in range(3))

@@ -25,6 +25,11 @@ def test_unknown_tasks_name_a_near_match():
     assert str(error.value).count("'PickCube-v1'") == 1  # it is in the table and in ManiSkill's registry
 
 
+def test_a_task_that_cannot_be_run_here_says_what_is_missing():
+    with pytest.raises(ValueError, match=r"simpler/pick-coke-can cannot be run here: .*google_pick_coke_can"):
+        find_task("simpler/pick-coke-can")
+
+
 def test_lists_and_groups_give_each_task_once():
     names = [task.name for task in find_tasks("PushCube-v1, demo")]
     assert names == ["PushCube-v1", "PickCube-v1", "StackCube-v1"]

@@ -21,10 +21,11 @@ def collect(
         task: Task name; `headrace tasks` shows which have an expert.
         out: Dataset folder; must not exist. It appears only when complete.
         episodes: Successful demonstrations to keep.
-        seed: First seed. Evaluations start at 0 by default, so that they never meet a training layout.
+        seed: First seed. Evaluations start at 0 by default, so that they never meet a training layout; a benchmark's
+            own test episodes are refused.
         num_envs: Simulator processes.
         push: Chance per step of a push that the expert must recover from.
-        linger: Steps recorded after the first success.
+        linger: Steps recorded after the first success, and after the expert has finished where it tells that.
         timeout: Seconds after which a silent simulator counts as hung.
     """
     from headrace.sim.collect import CollectSettings, ExpertFails

@@ -1,6 +1,8 @@
 """`headrace drive`: run a policy on an arm, on the mock arm, or on a recorded episode without moving."""
 
 import json
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,6 +27,7 @@ def drive(
     gripper: Literal["open_is_1", "close_is_1", "none"] = "open_is_1",
     urdf: Path | None = None,
     end_link: str = "",
+    units: Literal["degrees", "radians"] = "degrees",
     solver_steps: int | None = None,
     out: Path | None = None,
     rerun: bool = False,
@@ -49,16 +52,23 @@ def drive(
         gripper: Which end of the robot's gripper number is open.
         urdf: Description of the arm, for policies that move the gripper in space.
         end_link: Link of the URDF that these policies move.
+        units: What the robot's driver gives turning joints in; read with URDF only.
         solver_steps: Equal solver steps of a policy that is loaded here; without this, as saved with the checkpoint,
             else 10.
         out: Folder for summary.json and ticks.jsonl; runs/drive-DATE by default.
         rerun: Also write drive.rrd for the rerun viewer.
         realtime: Real-time priority for the control thread (Linux, needs the right to it).
     """
+    from headrace.robot.arm import ArmFault
+    from headrace.robot.client import ServerRefused
     from headrace.robot.drive import DriveConfig
     from headrace.robot.drive import drive as run
-    from headrace.robot.drive_log import summary, write_log, write_rerun
+    from headrace.robot.drive_log import require_new, require_rerun, summary, write_log, write_rerun
 
+    folder = out or Path("runs") / f"drive-{time.strftime('%Y%m%d-%H%M%S')}"
+    require_new(folder)
+    if rerun:
+        require_rerun()
     arm = make_arm(robot, options, rehearse, episode, rate, gripper)
     if rehearse:
         rate, seconds = arm.rate, arm.seconds
@@ -66,8 +76,14 @@ def drive(
     config = DriveConfig(
         rate=rate, seconds=seconds, instruction=instruction, execute=execute, stall=stall, realtime=realtime
     )
-    report = run(arm, make_policy(policy, solver_steps), bounds, config, make_geometry(urdf, end_link, arm))
-    folder = out or Path("runs") / f"drive-{time.strftime('%Y%m%d-%H%M%S')}"
+    geometry = make_geometry(urdf, end_link, arm, bounds if limits is not None else None, units)
+    try:
+        report = run(arm, make_policy(policy, solver_steps), bounds, config, geometry)
+    except (ArmFault, ServerRefused) as error:
+        if os.environ.get("HEADRACE_TRACEBACK"):
+            raise
+        print(f"headrace drive: {error}", file=sys.stderr)
+        return 1
     path = write_log(report, arm.joints, folder)
     print(json.dumps(summary(report, arm.joints), indent=2))
     if rehearse:
@@ -120,8 +136,22 @@ def make_limits(path: Path | None, arm: Any, *, real: bool) -> Any:
     )
 
 
-def make_geometry(urdf: Path | None, end_link: str, arm: Any) -> Any:
-    """Kinematics for an arm whose joints carry the URDF's names or order, degrees where LeRobot's drivers have them."""
+def make_geometry(urdf: Path | None, end_link: str, arm: Any, bounds: Any = None, units: str = "degrees") -> Any:
+    """Kinematics for an arm from a URDF.
+
+    The chain's joints are the arm's of the same names; where the names differ, those in the same order, with a remark.
+    The gripper is shut and open at the ends of its range, which end is open being what the arm's spec says.
+
+    Args:
+        urdf: The description, or None for no kinematics.
+        end_link: The link that policies move.
+        arm: The arm; its gripper is the joint `gripper`.
+        bounds: Its limits; None takes 0 to 100 for the gripper.
+        units: What the arm has turning joints in, "degrees" or "radians"; sliding ones are in metres.
+
+    Raises:
+        ValueError: The chain has another number of joints than the arm without its gripper.
+    """
     if urdf is None:
         return None
     import numpy as np
@@ -130,24 +160,32 @@ def make_geometry(urdf: Path | None, end_link: str, arm: Any) -> Any:
     from headrace.robot.targets import ArmGeometry
 
     chain = Chain.from_urdf(urdf, end_link)
-    movers = [index for index, name in enumerate(arm.joints) if name != "gripper"]
-    if len(movers) != len(chain.joints) or "gripper" not in arm.joints:
-        names = ", ".join(joint.name for joint in chain.joints)
-        raise ValueError(f"the chain to {end_link!r} has the joints {names}; the arm has {', '.join(arm.joints)}")
-    scale = tuple(1.0 if joint.slides else np.pi / 180 for joint in chain.joints)
+    movers, wanted = [name for name in arm.joints if name != "gripper"], [joint.name for joint in chain.joints]
+    if len(movers) != len(wanted) or "gripper" not in arm.joints:
+        raise ValueError(
+            f"the chain to {end_link!r} has the joints {', '.join(wanted)}; the arm has {', '.join(arm.joints)}"
+        )
+    if set(movers) != set(wanted):
+        pairs = ", ".join(f"{one} is {other}" for one, other in zip(wanted, movers, strict=True))
+        print(f"headrace drive: joints are matched by their order: {pairs}", file=sys.stderr)
+        wanted = movers
+    turn = np.pi / 180 if units == "degrees" else 1.0
+    gripper = arm.joints.index("gripper")
+    ends = (bounds.low[gripper], bounds.high[gripper]) if bounds is not None else (0.0, 100.0)
+    shut, wide = ends[::-1] if arm.spec.gripper == "close_is_1" else ends
     return ArmGeometry(
         chain=chain,
-        arm_joints=tuple(movers),
-        gripper=arm.joints.index("gripper"),
-        scale=scale,
-        offset=(0.0,) * len(movers),
+        arm_joints=tuple(arm.joints.index(name) for name in wanted),
+        gripper=gripper,
+        scale=tuple(1.0 if joint.slides else turn for joint in chain.joints),
+        offset=(0.0,) * len(wanted),
+        gripper_shut=shut,
+        gripper_open=wide,
     )
 
 
 def make_policy(name: str, steps: int | None) -> Any:
     """A policy server's policy, or one loaded here."""
-    import os
-
     from headrace.robot.client import RemotePolicy
 
     if name.startswith(("ws://", "wss://")):

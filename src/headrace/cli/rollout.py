@@ -16,6 +16,7 @@ def rollout(
     task: str,
     episodes: int = 24,
     seed: int = 0,
+    policy_seed: int | None = None,
     num_envs: int = 1,
     out: Path | None = None,
     solver: Literal["euler", "midpoint", "heun", "dopri5"] = "euler",
@@ -43,6 +44,8 @@ def rollout(
         task: Task or group name, or several with commas; `headrace tasks` lists them.
         episodes: Episodes per task; episode i starts from seed SEED + i.
         seed: First seed.
+        policy_seed: Seed of the policy's own randomness in the first episode, so that it can be varied on the same
+            layouts; the episode's seed by default.
         num_envs: Simulator processes.
         out: Results folder; runs/POLICY-DATE by default.
         solver: How the flow is followed; `dopri5` chooses its own steps and needs TOLERANCE and `headrace[ode]`.
@@ -70,12 +73,14 @@ def rollout(
     folder = out or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     sampling: dict[str, Any] = {"solver": solver, "steps": steps, "grid": grid, "tolerance": tolerance}
     chosen = settings_of(**sampling, execute=execute, ensemble=ensemble, precision=precision)
+    made = None if ray else make_policy(policy, tasks, chosen, simulators)
     results = roll_out(
         tasks,
-        None if ray else make_policy(policy, tasks, chosen, simulators),
+        made,
         RolloutSettings(
             episodes=episodes,
             seed=seed,
+            policy_seed=policy_seed,
             num_envs=num_envs,
             success_rule=success_rule,
             videos=videos,
@@ -84,8 +89,8 @@ def rollout(
         folder,
         policy_name=policy,
         command=shlex.join(["headrace", *sys.argv[1:]]),
-        policy_settings=chosen if policy not in ("random", "oracle") else {},
-        checkpoint=checkpoint_of(policy),
+        policy_settings={} if policy in ("random", "oracle") or is_served(policy) else chosen,
+        checkpoint=checkpoint_of(policy, made),
         simulators=simulators,
         **on_ray(policy, tasks, chosen, workers=ray, address=ray_address),
     )
@@ -99,7 +104,7 @@ def rollout(
     if all(task.name.startswith("simpler/") for task in tasks):
         from headrace.sim.simpler_table import table
 
-        (folder / "simpler.md").write_text(table(folder))
+        (folder / "simpler.md").write_text(table(folder, {row["task"]: row["seeds"] for row in results["tasks"]}))
         print(f"table:   {folder / 'simpler.md'}")
     print(f"results: {folder / 'results.json'}")
     if report:
@@ -125,14 +130,32 @@ def on_ray(policy: str, tasks: list[Any], chosen: dict[str, Any], *, workers: in
     }
 
 
-def checkpoint_of(policy: str) -> str:
+def is_served(policy: str) -> bool:
+    """Whether the name is the address of a policy server."""
+    return policy.startswith(("ws://", "wss://"))
+
+
+def checkpoint_of(policy: str, made: Any = None) -> str:
     """Fingerprint of the files that a policy's name stands for; empty for one without files.
+
+    A server tells the fingerprint of what it serves; empty where it does not.
+
+    Args:
+        policy: As the user named it.
+        made: The policy, where it is there already; else a server is asked.
 
     Raises:
         FileNotFoundError: No such folder or hub id.
+        ConnectionError: No such server.
     """
-    if policy in ("random", "oracle") or policy.startswith(("ws://", "wss://")):
+    if policy in ("random", "oracle"):
         return ""
+    if is_served(policy):
+        remote = made or make_policy(policy, [], {"solver": "euler", "precision": "fp32"})
+        told = str(remote.metadata.get("checkpoint", ""))
+        if made is None:
+            remote.close()
+        return told
     from headrace.nn.fingerprint import folder_fingerprint
     from headrace.nn.pretrained import resolve_folder
 
@@ -164,12 +187,12 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
             policy refuses, or more actions to execute than it gives.
     """
     asked = any(key in chosen for key in ("grid", "steps", "tolerance")) or chosen["solver"] != "euler"
-    if asked and name.startswith(("ws://", "wss://")):
+    if asked and is_served(name):
         raise ValueError("the server samples: give --steps to `headrace serve`, not to this command")
     if asked and name in ("random", "oracle"):
         raise ValueError(f"{name!r} follows no flow: leave out --solver, --steps, --grid and --tolerance")
     here = [key for key in ("execute", "ensemble") if key in chosen] + ["precision"] * (chosen["precision"] != "fp32")
-    if here and (name in ("random", "oracle") or name.startswith(("ws://", "wss://"))):
+    if here and (name in ("random", "oracle") or is_served(name)):
         flags = ", ".join(f"--{key}" for key in here)
         served = "; give them to `headrace serve`" if "://" in name else ""
         raise ValueError(f"{flags} say how a checkpoint is run here, and {name!r} is none{served}")
@@ -189,7 +212,7 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
         if simulators is None:
             kept.close()
         return RandomPolicy(ActionSpec.from_dict(described["spec"]))
-    if name.startswith(("ws://", "wss://")):
+    if is_served(name):
         import os
 
         from headrace.robot.client import RemotePolicy

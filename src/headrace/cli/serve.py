@@ -37,12 +37,20 @@ def serve(
         precision: `fp32` or `bf16`.
     """
     from headrace.flow.solver import SolverSettings
+    from headrace.nn.fingerprint import folder_fingerprint
+    from headrace.nn.pretrained import resolve_folder
     from headrace.robot.chunking import RecedingHorizon
     from headrace.robot.policy import load_policy
     from headrace.robot.server import ServerConfig
 
     config = ServerConfig(
-        host=host, port=port, token=read_token(token_file), name=Path(policy).name, max_batch=max_batch, wait=wait
+        host=host,
+        port=port,
+        token=read_token(token_file),
+        name=Path(policy).name,
+        checkpoint=folder_fingerprint(resolve_folder(policy)),
+        max_batch=max_batch,
+        wait=wait,
     )
     solver = None if steps is None else SolverSettings(method="euler", steps=steps)
     loaded = load_policy(policy, solver=solver, precision=precision)

@@ -32,11 +32,16 @@ class Arm(Protocol):
 
     Attributes:
         joints: Joint names, in the order of all vectors; the gripper is one of them.
+        cameras: Names of the cameras whose pictures `read` brings.
         spec: How joint targets are meant: `frame="joint"`, and which end of the gripper is open.
     """
 
     joints: tuple[str, ...]
     spec: ActionSpec
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """See above."""
 
     def connect(self) -> None:
         """Open the bus; raises `ArmFault` when it is in use or absent."""
@@ -85,6 +90,11 @@ class MockArm:
         self.position = np.zeros(len(self.joints))
         self.target: np.ndarray = self.position.copy()
         self._reads, self._moved = 0, time.perf_counter()
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The one camera, if it has one."""
+        return ("front",) if self.picture[0] else ()
 
     def connect(self) -> None:
         """Open the imaginary bus."""

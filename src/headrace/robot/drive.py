@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from headrace.contracts import ActionChunk, Observation, Policy, look_back
+from headrace.contracts import ActionChunk, Observation, Policy, look_back, needs_of
 from headrace.robot.action_queue import ActionQueue
 from headrace.robot.arm import Arm, ArmFault, ArmState
 from headrace.robot.safety import SafetyFilter, SafetyLimits
-from headrace.robot.targets import ArmGeometry, joint_targets, require_arm_fits
+from headrace.robot.targets import ArmGeometry, joint_targets, require_arm_fits, require_arm_shows
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class DriveConfig:
         rate: Control rate [Hz]; the policy's actions are interpolated to it.
         seconds: Length of the run [s].
         instruction: Given to the policy.
-        execute: Rows of a chunk after which a new one is asked for; the next is asked for at once when it takes longer.
+        execute: Rows of a chunk after which a new one is asked for; earlier where the policy thinks for longer than the
+            rest of the chunk lasts.
         stall: Longest time without a target, the arm holding, before the run is stopped [s].
         seed: Fixes the policy's randomness.
         realtime: Ask the system for real-time priority for the control thread (Linux, needs the right to it).
@@ -163,7 +164,12 @@ class Thinker:
 
     def _due(self) -> bool:
         covered = self.queue.at(time.perf_counter()).covered
-        return covered <= max(self._horizon - self.config.execute, 0) * self.queue.period
+        unused = max(self._horizon - self.config.execute, 0) * self.queue.period
+        return covered <= max(unused, 1.2 * self._slowest())
+
+    def _slowest(self) -> float:
+        """Longest of the last calls [s], 0 before the first."""
+        return max(self.thinking[-5:], default=0.0)
 
     _horizon = 0
 
@@ -176,8 +182,9 @@ class Thinker:
             past=self._past(state),
         )
         if self.chunks and self.policy.spec.frame == "joint" and isinstance(self.policy, PrefixPolicy):
-            delay = int(np.ceil(max(self.thinking[-5:]) / self.queue.period))
-            chunk = self.policy.act_after([observation], [0], prefix=self.queue.leftover(begin), delay=delay)
+            # Rows count from the reading, which is where the answer is placed; it has an age by now.
+            delay = int(np.ceil((begin - state.time + self._slowest()) / self.queue.period))
+            chunk = self.policy.act_after([observation], [0], prefix=self.queue.leftover(state.time), delay=delay)
         else:
             chunk = self.policy.act([observation], [0])
         now = time.perf_counter()
@@ -210,49 +217,64 @@ def drive(
 
     The loop reads, checks, commands and sleeps until the next period; it never waits for the policy. Without a target
     it brakes and holds. It stops, braking and holding first, when the arm reports the impossible, the policy fails or
-    answers with NaN, or no target came for `config.stall` seconds.
+    answers with NaN, no target came for `config.stall` seconds, on Ctrl-C, and when anything else goes wrong; the
+    report then says what.
 
     Raises:
-        SpecMismatch: Policy and arm do not fit; nothing has moved.
+        SpecMismatch: Policy and arm do not fit, or the arm does not show what the policy must see; nothing has moved.
         ValueError: The limits are for other joints.
         ArmFault: The arm cannot be connected, or its first reading is impossible.
     """
     require_arm_fits(policy.spec, arm.spec, geometry)
+    require_arm_shows(needs_of(policy), arm)
     if limits.joints != arm.joints:
         raise ValueError(f"the limits are for {limits.joints}, the arm has {arm.joints}")
     period = 1.0 / config.rate
     safety = SafetyFilter(limits, period, geometry.gripper_at if geometry else None)
     thinker = Thinker(policy, ActionQueue(1.0 / policy.spec.rate), config, geometry)
     ticks: list[Tick] = []
-    arm.connect()
     try:
-        safety.start(arm.read().joints)
+        arm.connect()
+        first = arm.read()
+        needs_of(policy).require_shown(Observation(images=first.images, state=first.joints))
+        safety.start(first.joints)
         thinker.start()
         with _priority(config.realtime):
             reason = _loop(arm, safety, thinker, config, ticks)
             _come_to_rest(arm, safety, period)
     finally:
-        thinker.stop()
-        arm.close()
+        try:
+            thinker.stop()
+        finally:
+            arm.close()
     return DriveReport(reason=reason, ticks=ticks, period=period, thinking=thinker.thinking)
 
 
 def _loop(arm: Arm, safety: SafetyFilter, thinker: Thinker, config: DriveConfig, ticks: list[Tick]) -> str:
-    """Control periods until the end; returns why it ended."""
+    """Control periods until the end; returns why it ended, whatever ended it."""
+    try:
+        return _periods(arm, safety, thinker, config, ticks)
+    except ArmFault as fault:
+        return str(fault)
+    except KeyboardInterrupt:
+        return "interrupted"
+    except Exception as error:
+        log.exception("the control loop failed")
+        return f"the control loop failed: {type(error).__name__}: {error}"
+
+
+def _periods(arm: Arm, safety: SafetyFilter, thinker: Thinker, config: DriveConfig, ticks: list[Tick]) -> str:
     start = deadline = time.perf_counter()
     period, with_target = 1.0 / config.rate, start
     while (begin := time.perf_counter()) - start < config.seconds:
         deadline += period
-        try:
-            state = arm.read()
-            safety.check(state.joints)
-            thinker.offer(state, safety.command)
-            chunk = thinker.chunks
-            request = thinker.queue.at(time.perf_counter()).target
-            bounded = safety.bound(request)
-            sent = arm.send(bounded.command)
-        except ArmFault as fault:
-            return str(fault)
+        state = arm.read()
+        safety.check(state.joints)
+        thinker.offer(state, safety.command)
+        chunk = thinker.chunks
+        request = thinker.queue.at(time.perf_counter()).target
+        bounded = safety.bound(request)
+        sent = arm.send(bounded.command)
         now = time.perf_counter()
         with_target = now if request is not None else with_target
         late = max(0.0, now - deadline)
@@ -268,18 +290,17 @@ def _loop(arm: Arm, safety: SafetyFilter, thinker: Thinker, config: DriveConfig,
 
 
 def _come_to_rest(arm: Arm, safety: SafetyFilter, period: float) -> None:
-    """Brake within the limits and hold, as far as the arm still listens."""
-    for _ in range(300):
-        before = safety.command
-        command = safety.bound(None).command
-        try:
+    """Brake within the limits and hold, as far as the arm still listens; a second Ctrl-C ends that too."""
+    try:
+        for _ in range(300):
+            before = safety.command
+            command = safety.bound(None).command
             arm.send(command)
-        except ArmFault as fault:
-            log.warning("could not hold the arm: %s", fault)
-            return
-        if np.array_equal(before, command):
-            return
-        time.sleep(period)
+            if np.array_equal(before, command):
+                return
+            time.sleep(period)
+    except (Exception, KeyboardInterrupt) as error:
+        log.warning("could not hold the arm: %s: %s", type(error).__name__, error)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,30 @@
 """What a run on an arm leaves behind: JSON lines for programs, a rerun recording for eyes."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from headrace.robot.drive import DriveReport
+
+
+def require_new(folder: Path) -> None:
+    """Refuse a folder that holds a log, before anything moves.
+
+    Raises:
+        FileExistsError: It does.
+    """
+    if (folder / "summary.json").exists():
+        raise FileExistsError(f"{folder} already holds a log; give this run its own --out")
+
+
+def require_rerun() -> None:
+    """Refuse to promise a recording where rerun is not installed, before anything moves.
+
+    Raises:
+        ModuleNotFoundError: Names the package.
+    """
+    if find_spec("rerun") is None:
+        raise ModuleNotFoundError("recordings need the package rerun-sdk: pip install rerun-sdk")
 
 
 def write_log(report: DriveReport, joints: tuple[str, ...], folder: Path) -> Path:
@@ -12,9 +33,8 @@ def write_log(report: DriveReport, joints: tuple[str, ...], folder: Path) -> Pat
     Raises:
         FileExistsError: The folder already holds a log.
     """
+    require_new(folder)
     path = folder / "summary.json"
-    if path.exists():
-        raise FileExistsError(f"{folder} already holds a log; give this run its own --out")
     folder.mkdir(parents=True, exist_ok=True)
     rows = (
         {
@@ -57,10 +77,9 @@ def write_rerun(report: DriveReport, joints: tuple[str, ...], path: Path) -> Pat
     Raises:
         ModuleNotFoundError: rerun is not installed; names the package.
     """
-    try:
-        import rerun
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("recordings need the package rerun-sdk: pip install rerun-sdk") from error
+    require_rerun()
+    import rerun
+
     path.parent.mkdir(parents=True, exist_ok=True)
     recording = rerun.RecordingStream("headrace_drive")
     recording.save(str(path))

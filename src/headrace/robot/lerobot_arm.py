@@ -1,17 +1,22 @@
 """Any LeRobot robot as an arm of the drive loop; LeRobot is imported when it is connected, not before."""
 
 import fcntl
+import logging
+import os
 import re
 import tempfile
 import time
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import IO, Any
 
 import numpy as np
 
 from headrace.contracts import ActionSpec, Gripper
 from headrace.robot.arm import ArmFault, ArmState
+
+log = logging.getLogger(__name__)
 
 
 class LeRobotArm:
@@ -66,6 +71,9 @@ class LeRobotArm:
             seen = self.robot.get_observation()
         except Exception as error:
             raise ArmFault(f"{self._port} does not answer: {type(error).__name__}: {error}") from error
+        absent = [key for key in (*(f"{name}.pos" for name in self.joints), *self.cameras) if key not in seen]
+        if absent:
+            raise ArmFault(f"{self._port} gave no {', '.join(absent)}; it gave {', '.join(map(str, seen))}")
         joints = np.array([seen[f"{name}.pos"] for name in self.joints], dtype=float)
         return ArmState(joints, {name: np.asarray(seen[name]) for name in self.cameras}, time.perf_counter())
 
@@ -76,27 +84,64 @@ class LeRobotArm:
             sent = self.robot.send_action(request)
         except Exception as error:
             raise ArmFault(f"{self._port} took no command: {type(error).__name__}: {error}") from error
+        absent = [key for key in request if key not in sent]
+        if absent:
+            raise ArmFault(f"{self._port} did not say what it sent to {', '.join(absent)}")
         return np.array([sent[key] for key in request], dtype=float)
 
     def close(self) -> None:
-        """Close the bus and give the lock back."""
-        if self.robot.is_connected:
+        """Close the bus and give the lock back, whatever state the bus is in; what goes wrong is logged."""
+        try:  # also where the robot says that it is not connected: half of it may be
             self.robot.disconnect()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        except Exception as error:
+            log.log(
+                logging.WARNING if self._lock is not None else logging.DEBUG,
+                "%s could not be closed: %s: %s",
+                self._port,
+                type(error).__name__,
+                error,
+            )
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
 
 def _take_lock(port: str) -> IO[str]:
-    name = re.sub(r"[^A-Za-z0-9]+", "_", port).strip("_")
+    """Hold the port for this process; a link to a device is the device.
+
+    Raises:
+        ArmFault: Another process holds it, or the lock is another user's.
+    """
+    device = os.path.realpath(port) if os.path.exists(port) else port
+    name = re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_")
     path = Path(tempfile.gettempdir()) / f"headrace-arm-{name}.lock"
-    lock = path.open("a+")
+    try:
+        lock = path.open("a+")
+    except PermissionError as error:
+        raise ArmFault(
+            f"the lock of {port}, {path}, belongs to another user, who drives the arm or has driven it; "
+            "make sure that nobody does and have that file removed"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.close()
         raise ArmFault(f"another process drives {port}; two drivers on one port would fight over the arm") from error
     return lock
+
+
+def _import_all(package: str) -> list[str]:
+    """Import every package below `package`, which registers its parts; returns those that cannot be, and why."""
+    failed = []
+    for found in iter_modules(import_module(package).__path__, f"{package}."):
+        if not found.ispkg:
+            continue
+        try:
+            import_module(found.name)
+        except Exception as error:  # each needs packages of its own
+            failed.append(f"{found.name} ({type(error).__name__}: {error})")
+    return failed
 
 
 def make_lerobot_arm(kind: str, options: dict[str, Any], *, rate: float, gripper: Gripper = "open_is_1") -> LeRobotArm:
@@ -115,12 +160,11 @@ def make_lerobot_arm(kind: str, options: dict[str, Any], *, rate: float, gripper
     from lerobot.robots import RobotConfig, make_robot_from_config
     from lerobot.utils.import_utils import register_third_party_plugins
 
-    for name in ("so_follower", "koch_follower", "bi_so_follower", "omx_follower"):
-        import_module(f"lerobot.robots.{name}")
-    import_module("lerobot.cameras.opencv")
+    left_out = [*_import_all("lerobot.robots"), *_import_all("lerobot.cameras")]
     register_third_party_plugins()
     known = RobotConfig.get_known_choices()
     if kind not in known:
-        raise ValueError(f"no LeRobot robot {kind!r} (known: {', '.join(sorted(known))})")
+        more = f"; these could not be imported: {'; '.join(left_out)}" if left_out else ""
+        raise ValueError(f"no LeRobot robot {kind!r} (known: {', '.join(sorted(known))}{more})")
     config = draccus.decode(RobotConfig, {"type": kind, **options})
     return LeRobotArm(make_robot_from_config(config), rate=rate, gripper=gripper)

@@ -67,15 +67,21 @@ class ObservationHistory:
     def inputs(self, observations: list[Observation], slots: list[int]) -> PolicyInput:
         """Inputs of the present step; frames before an episode's first are taken to equal it.
 
+        Everything is checked before anything is remembered, so that a call that fails can be tried again.
+
         Raises:
             ValueError: A camera is missing, a picture is not uint8 RGB, or the state has another length.
         """
+        present = [self._pictures(observation.images) for observation in observations]
+        earlier = [[self._pictures(images) for images in one.past[: self.look_back][::-1]] for one in observations]
+        states = np.stack([self._state(observation) for observation in observations])
+        text = self.model.encode_text([observation.instruction for observation in observations])
         pictures = []
-        for observation, slot in zip(observations, slots, strict=True):
+        for observation, past, now, slot in zip(observations, earlier, present, slots, strict=True):
             frames = self._frames[slot]  # the oldest first
             if observation.past:
                 frames.clear()
-                frames.extend(self._pictures(images) for images in observation.past[: self.look_back][::-1])
+                frames.extend(past)
             elif frames and self.look_back and not self._told:
                 self._told = True
                 log.warning(
@@ -83,13 +89,11 @@ class ObservationHistory:
                     "which is right only if every control step is a call",
                     self.look_back,
                 )
-            frames.append(self._pictures(observation.images))
+            frames.append(now)
             seen = [frames[max(len(frames) - 1 + step, 0)] for step in self.config.history]
             pictures.append(np.stack(seen, 1))
         device = self.model.device
         images = torch.from_numpy(np.stack(pictures)).to(device, non_blocking=True)
-        states = np.stack([self._state(observation) for observation in observations])
-        text = self.model.encode_text([observation.instruction for observation in observations])
         return PolicyInput(images, torch.from_numpy(states).to(device), text.to(device))
 
     def _pictures(self, images: dict[str, np.ndarray]) -> np.ndarray:

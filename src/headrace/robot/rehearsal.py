@@ -1,6 +1,8 @@
 """Rehearse on a recorded episode: the policy sees what the robot saw, and nothing moves."""
 
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +10,8 @@ import numpy as np
 
 from headrace.contracts import ActionSpec, Gripper
 from headrace.robot.arm import ArmFault, ArmState
+
+PICTURES = "observation.images."
 
 
 @dataclass(kw_only=True)
@@ -18,7 +22,7 @@ class RecordedArm:
         joints: Joint names.
         states: Measured joints of each frame, shape (T, J).
         actions: Recorded joint targets of each frame, shape (T, J).
-        images: Pictures of each frame by camera, each uint8 (T, H, W, 3); may be empty.
+        images: Pictures of each frame by camera, T of uint8 (H, W, 3); may be empty.
         rate: Rate of the recording [Hz].
         gripper: Which end of the gripper's number is open.
     """
@@ -26,7 +30,7 @@ class RecordedArm:
     joints: tuple[str, ...]
     states: np.ndarray
     actions: np.ndarray
-    images: dict[str, np.ndarray] = field(default_factory=dict)
+    images: dict[str, Sequence[np.ndarray]] = field(default_factory=dict)
     rate: float = 30.0
     gripper: Gripper = "open_is_1"
     sent: list[np.ndarray] = field(default_factory=list)
@@ -41,6 +45,11 @@ class RecordedArm:
             raise ValueError(f"every camera needs {shape[0]} pictures")
         self.spec = ActionSpec(names=self.joints, frame="joint", rotation="none", gripper=self.gripper, rate=self.rate)
         self._frame = 0
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the recorded cameras."""
+        return tuple(self.images)
 
     @property
     def seconds(self) -> float:
@@ -96,24 +105,23 @@ def recorded_arm(root: Path, episode: int, *, gripper: Gripper = "open_is_1") ->
     if isinstance(names, dict):
         names = next(iter(names.values()))
     joints = tuple(str(name).removesuffix(".pos") for name in names)
-    rows = [dataset[index] for index in range(len(dataset))]
-    if (
-        not rows
-        or rows[0]["observation.state"].shape != rows[0]["action"].shape
-        or len(joints) != len(rows[0]["action"])
-    ):
+    states, actions, images = [], [], defaultdict(list)
+    for index in range(len(dataset)):  # one decoded frame at a time: it is float32, four times what is kept
+        row = dataset[index]
+        states.append(row["observation.state"].numpy())
+        actions.append(row["action"].numpy())
+        for key in (key for key in row if key.startswith(PICTURES)):
+            picture = (row[key] * 255).round().byte().permute(1, 2, 0)
+            images[key.removeprefix(PICTURES)].append(picture.contiguous().numpy())
+    if not states or states[0].shape != actions[0].shape or len(joints) != len(actions[0]):
         raise ValueError(
             f"{root}, episode {episode}: rehearsing needs frames whose state and action are the same joints"
         )
-    cameras = {key.removeprefix("observation.images."): key for key in rows[0] if key.startswith("observation.images.")}
     return RecordedArm(
         joints=joints,
-        states=np.stack([row["observation.state"].numpy() for row in rows]),
-        actions=np.stack([row["action"].numpy() for row in rows]),
-        images={
-            name: np.stack([(row[key] * 255).round().byte().permute(1, 2, 0).numpy() for row in rows])
-            for name, key in cameras.items()
-        },
+        states=np.stack(states),
+        actions=np.stack(actions),
+        images=dict(images),
         rate=float(dataset.fps),
         gripper=gripper,
     )

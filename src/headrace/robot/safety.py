@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from headrace.robot.arm import ArmFault
+
+PER_JOINT = ("low", "high", "speed", "acceleration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class SafetyLimits:
             raise ValueError(f"low must be below high for every joint, got {self.low} and {self.high}")
         if min(self.speed) <= 0 or min(self.acceleration) <= 0:
             raise ValueError("speed and acceleration must be above 0")
+        if not (self.tolerance >= 0 and self.jump > 0):  # NaN is neither
+            raise ValueError(f"tolerance must be at least 0 and jump above 0, got {self.tolerance} and {self.jump}")
         if self.workspace and any(a >= b for a, b in zip(*self.workspace, strict=True)):
             raise ValueError(f"the workspace's low corner must be below its high one, got {self.workspace}")
 
@@ -50,13 +54,17 @@ class SafetyLimits:
     def from_json(cls, path: Path) -> "SafetyLimits":
         """Read `{"joints": {NAME: {"low", "high", "speed", "acceleration"}}, "workspace": [[x, y, z], [x, y, z]]}`.
 
+        `tolerance` and `jump` may be given beside them.
+
         Raises:
-            ValueError: A joint lacks a limit, or a value is wrong.
+            ValueError: A joint lacks a limit, a value is wrong, or a key is unknown.
         """
         data = json.loads(path.read_text())
         try:
-            rows = {name: {key: float(row[key]) for key in ("low", "high", "speed", "acceleration")}
-                    for name, row in data["joints"].items()}  # fmt: skip
+            _refuse_others(path, data, ("joints", "workspace", "tolerance", "jump"))
+            for row in data["joints"].values():
+                _refuse_others(path, row, PER_JOINT)
+            rows = {name: {key: float(row[key]) for key in PER_JOINT} for name, row in data["joints"].items()}
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}: each joint needs low, high, speed and acceleration; {error} is missing"
@@ -69,7 +77,14 @@ class SafetyLimits:
             speed=tuple(row["speed"] for row in rows.values()),
             acceleration=tuple(row["acceleration"] for row in rows.values()),
             workspace=(_corner(box[0]), _corner(box[1])) if box else None,
+            **{key: float(data[key]) for key in ("tolerance", "jump") if key in data},
         )
+
+
+def _refuse_others(path: Path, given: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"{path}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
 
 
 def _corner(numbers: list[float]) -> tuple[float, float, float]:
@@ -92,7 +107,8 @@ class Bounded(NamedTuple):
 class SafetyFilter:
     """Turns requests into commands that keep every limit, one call per control tick.
 
-    A joint always keeps enough room to brake before the end of its range. A request of None means: come to rest.
+    A joint always keeps enough room to brake before the end of its range, and the gripper before the end of the
+    workspace (looked at where it would be at each tick of braking). A request of None means: come to rest.
 
     Args:
         limits: The limits.
@@ -166,10 +182,12 @@ class SafetyFilter:
             cut = ["range"] if np.any(inside != request) else []
             wanted = (inside - before) / self.period
         velocity = self._allowed(wanted, cut)
-        command = np.clip(before + velocity * self.period, self._low, self._high)
-        if self._outside(command) > 0:
+        if self.limits.workspace and not self._stops_inside(velocity):
             cut.append("workspace")
-            command = self._last_inside(before, command)
+            braking = self._braked(self._velocity)
+            gentler = (braking + part * (velocity - braking) for part in (0.5, 0.2))
+            velocity = next((slower for slower in gentler if self._stops_inside(slower)), braking)
+        command = np.clip(before + velocity * self.period, self._low, self._high)
         self._velocity = (command - before) / self.period
         self._command = command
         return Bounded(command, tuple(cut))
@@ -198,16 +216,24 @@ class SafetyFilter:
             return 0.0
         low, high = (np.array(corner) for corner in self.limits.workspace)
         here = self._gripper_at(joints)
-        return float(np.maximum(np.maximum(low - here, here - high), 0).max())
+        outside = float(np.maximum(low - here, here - high).max())
+        return outside if outside > 1e-9 else 0.0  # rounding is not outside
 
-    def _last_inside(self, present: np.ndarray, command: np.ndarray) -> np.ndarray:
-        """The farthest point on the way from `present` to `command` that is inside the workspace.
+    def _braked(self, velocity: np.ndarray) -> np.ndarray:
+        """The velocity one tick later when every joint brakes as hard as it may."""
+        return np.sign(velocity) * np.maximum(np.abs(velocity) - self._acceleration * self.period, 0)
 
-        Outside already, the arm may move towards the inside: a step that brings the gripper nearer is let through.
+    def _stops_inside(self, velocity: np.ndarray) -> bool:
+        """Whether the gripper keeps to the workspace when the joints take `velocity` for a tick and brake then.
+
+        Outside already, the arm may move towards the inside: a way is good that stays nearer than the gripper is now.
         """
-        now = self._outside(present)
-        for part in (1.0, 0.75, 0.5, 0.25):
-            there = present + part * (command - present)
-            if self._outside(there) <= 0 or self._outside(there) < now:
-                return there
-        return present
+        joints, now = self.command, self._outside(self.command)
+        while True:
+            joints = np.clip(joints + velocity * self.period, self._low, self._high)
+            outside = self._outside(joints)
+            if outside > 0 and outside >= now:
+                return False
+            velocity = self._braked(velocity)
+            if not velocity.any():
+                return True

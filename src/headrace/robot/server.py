@@ -24,7 +24,7 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from headrace.contracts import Policy, look_back, needs_of
+from headrace.contracts import Policy, SpecMismatch, look_back, needs_of
 from headrace.robot.batching import Answer, Batcher, PolicyFailed
 from headrace.robot.server_metrics import ServerMetrics
 from headrace.robot.wire import Limits, WireError, observation_from, pack, unpack
@@ -41,8 +41,11 @@ class ServerConfig:
         port: 0 takes a free one.
         token: Clients must send `Authorization: Api-Key TOKEN` (as `openpi_client` does) or `Bearer TOKEN`.
         name: What the server says it serves.
+        checkpoint: Fingerprint of what it serves, told to clients; empty if unknown.
         max_batch, wait: See `Batcher`; `wait` in seconds.
         max_slots: Parallel episodes of one connection, and its messages in flight.
+        max_pending: Size of one connection's messages in flight, together [bytes]; more are not read until earlier ones
+            are answered. One message is always read, whatever its size.
         max_clients: Connections at a time; more are turned away with status 503.
         max_bad: Malformed messages after which a connection is closed.
         send_timeout: A client that does not take its answer for so long is cut off [s].
@@ -53,9 +56,11 @@ class ServerConfig:
     port: int = 8000
     token: str = ""
     name: str = "policy"
+    checkpoint: str = ""
     max_batch: int = 16
     wait: float = 0.004
     max_slots: int = 64
+    max_pending: int = 64 << 20
     max_clients: int = 64
     max_bad: int = 1000
     send_timeout: float = 10.0
@@ -69,8 +74,9 @@ class ServerConfig:
                 f"serving on {self.host} opens the policy to the network: give a token, or listen on 127.0.0.1 and "
                 "forward the port over ssh"
             )
-        if min(self.max_batch, self.max_slots, self.max_clients, self.max_bad) < 1 or self.send_timeout <= 0:
-            raise ValueError("max_batch, max_slots, max_clients, max_bad and send_timeout must be above 0")
+        counts = (self.max_batch, self.max_slots, self.max_pending, self.max_clients, self.max_bad)
+        if min(counts) < 1 or self.send_timeout <= 0:
+            raise ValueError("max_batch, max_slots, max_pending, max_clients, max_bad and send_timeout must be above 0")
 
 
 def is_loopback(host: str) -> bool:
@@ -136,6 +142,7 @@ class PolicyServer:
         return {
             "server": "headrace",
             "policy": self.config.name,
+            "checkpoint": self.config.checkpoint,
             "action_spec": spec,
             "look_back": look_back(self.policy),
             "needs": needs_of(self.policy).to_dict(),
@@ -172,10 +179,13 @@ class PolicyServer:
         session = _Session(self)
         answers: asyncio.Queue[asyncio.Task] = asyncio.Queue(self.config.max_slots)
         writer = asyncio.create_task(self._write(connection, answers))
+        pending = _Pending(self.config.max_pending)
         try:
             await connection.send(pack(self.metadata()))
             async for message in connection:
-                await answers.put(asyncio.create_task(session.answer(message)))
+                task = asyncio.create_task(session.answer(message))
+                await answers.put(task)
+                await pending.add(task, len(message))
                 if session.bad > self.config.max_bad:
                     await connection.close(1008, "too many malformed messages")
                     break
@@ -209,6 +219,26 @@ class PolicyServer:
                 gone = True
             except ConnectionClosed:
                 gone = True
+
+
+class _Pending:
+    """Messages of one connection that are not answered yet, by their size."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._answered = asyncio.Event()
+
+    async def add(self, task: asyncio.Task, size: int) -> None:
+        """Count a message until `task` has answered it; returns when there is room for another one."""
+        self.size += size
+        task.add_done_callback(lambda _: self._done(size))
+        while self.size > self.limit:
+            self._answered.clear()
+            await self._answered.wait()
+
+    def _done(self, size: int) -> None:
+        self.size -= size
+        self._answered.set()
 
 
 class _Session:
@@ -262,6 +292,10 @@ class _Session:
         slot = self._slot(given)
         if new or start is not None:
             await self.server._batcher.reset(slot, abs(start or 0) % 2**63)
+        try:  # here, not in the shared call, which would fail for others too
+            needs_of(self.server.policy).require_shown(observation)
+        except SpecMismatch as error:
+            raise PolicyFailed(str(error)) from error
         return await self.server._batcher.act(observation, slot)
 
     def _slot(self, given: int) -> int:

@@ -1,12 +1,18 @@
 """From a policy's actions to joint targets of an arm, whatever frame the policy speaks."""
 
-from dataclasses import dataclass
+import logging
+import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from headrace.contracts import ActionSpec, SpecMismatch
+from headrace.contracts import ActionSpec, Needs, SpecMismatch
+from headrace.robot.arm import Arm
 from headrace.robot.kinematics import Chain
+
+log = logging.getLogger(__name__)
+UNNAMED = re.compile(r"(s|state_)\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,18 +117,46 @@ def _rotation(numbers: np.ndarray, kind: str) -> Rotation:
     return Rotation.identity()
 
 
+def plain(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Joint names without the `.pos` that LeRobot's recordings end them in."""
+    return tuple(name.removesuffix(".pos") for name in names)
+
+
 def require_arm_fits(policy: ActionSpec, arm: ActionSpec, geometry: ArmGeometry | None) -> None:
     """Refuse a policy that this arm must not be given, before the first motion.
 
+    A policy in joint numbers that calls its gripper `none`, as one trained on LeRobot's recordings does, gives the same
+    number that the arm takes.
+
     Raises:
-        SpecMismatch: The gripper conventions differ, the numbers of joints do, or the policy needs kinematics.
+        SpecMismatch: The gripper conventions differ, the names of joints do, or the policy needs kinematics.
     """
     problems = []
-    if policy.frame in ("joint", "joint_delta") and policy.names != arm.names:
+    in_joints = policy.frame in ("joint", "joint_delta")
+    if in_joints and plain(policy.names) != plain(arm.names):
         problems.append(f"joints: policy {policy.names}, arm {arm.names}")
-    if policy.frame in ("joint", "joint_delta") and policy.gripper != arm.gripper:
+    if in_joints and policy.gripper not in ("none", arm.gripper):
         problems.append(f"gripper: policy {policy.gripper!r}, arm {arm.gripper!r}")
+    if not in_joints and policy.gripper != "none" and arm.gripper == "none":
+        problems.append(f"gripper: policy {policy.gripper!r}; which end of the arm's number is open is not known")
     if policy.frame in ("base_delta", "base_absolute") and geometry is None:
         problems.append(f"frame {policy.frame!r} needs the arm's URDF and end link")
     if problems:
         raise SpecMismatch("this policy does not fit this arm: " + "; ".join(problems))
+
+
+def require_arm_shows(needs: Needs, arm: Arm) -> None:
+    """Refuse a policy that wants to see what this arm does not show: pictures of its cameras, its joints as the state.
+
+    A state whose numbers have no names but numbers, as in datasets without names, is taken to be the joints.
+
+    Raises:
+        SpecMismatch: A camera is absent, or the state is not the arm's joints.
+    """
+    wanted = replace(needs, state_names=plain(needs.state_names))
+    remark = wanted.require(arm.cameras, plain(arm.joints))
+    if not remark:
+        return
+    if not all(UNNAMED.fullmatch(name) for name in wanted.state_names):
+        raise SpecMismatch(f"an arm shows its joints as the state, and {remark}")
+    log.warning("the policy's state has no names; it is given the joints %s", ", ".join(arm.joints))

@@ -29,7 +29,7 @@ class CollectSettings:
         seed: First seed; seeds rise until enough demonstrations succeeded.
         num_envs: Simulator processes.
         perturbation: Pushes that show how to recover.
-        linger: Steps recorded after the first success, in which the expert stays where it is.
+        linger: Steps recorded after the first success, and after the expert has finished where it tells that.
         timeout: Seconds after which a silent environment counts as hung.
     """
 
@@ -123,10 +123,16 @@ def collect(task: Task, settings: CollectSettings, folder: Path) -> Collected:
     The dataset is written beside `folder` under a temporary name and renamed when it is complete.
 
     Raises:
+        ValueError: The seeds would meet a benchmark's test episodes.
         FileExistsError: `folder` holds something already, or another run is writing it.
         ExpertFails: Too few demonstrations succeed.
         OSError: The disk is full; nothing counts as a dataset then.
     """
+    if settings.seed < task.test_seeds:
+        raise ValueError(
+            f"seeds 0..{task.test_seeds - 1} of {task.name} are its official test episodes, and a policy trained on "
+            f"them cannot be tested; choose a seed from {task.test_seeds} on, got {settings.seed}"
+        )
     if folder.exists():
         raise FileExistsError(f"{folder} exists already; give a new --out, or remove that folder")
     part = folder.with_name(f".{folder.name}.part")

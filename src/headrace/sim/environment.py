@@ -25,7 +25,7 @@ class Environment(Protocol):
     """One running task. The runner counts the steps and ends the episode.
 
     An environment may have a settable `drawing`: while False, its observations have no pictures. It may name its
-    `robot`, as a LeRobotDataset's `robot_type` does.
+    `robot`, as a LeRobotDataset's `robot_type` does, and tell in `about`, JSON-ready, what a result must say about it.
     """
 
     spec: ActionSpec

@@ -87,13 +87,17 @@ class EpisodeRunner:
         self._expert: Any = None
 
     def describe(self) -> dict[str, Any]:
-        """The environment's action spec, cameras, state names and robot (empty if it names none), JSON-ready."""
+        """What the environment declares, JSON-ready: action spec, cameras, state names, its robot and further facts.
+
+        The last two are empty for an environment that does not tell them.
+        """
         env = self.environment
         return {
             "spec": env.spec.to_dict(),
             "cameras": list(env.cameras),
             "state_names": list(env.state_names),
             "robot": str(getattr(env, "robot", "")),
+            "about": dict(getattr(env, "about", {})),
         }
 
     def start(self, seed: int, record: bool = False) -> Observation:
@@ -142,11 +146,19 @@ class EpisodeRunner:
         return self.finish(video)
 
     def demonstrate(self, seed: int, perturbation: Perturbation, linger: int, noise_seed: int) -> Episode:
-        """Run the expert, with pushes, until `linger` steps after the first success; the episode keeps its frames."""
+        """Run the expert, with pushes, until `linger` steps after it is over; the episode keeps its frames.
+
+        It is over at the first success; with an expert that tells when it has `finished`, not before that: an
+        environment may count an object as placed while the gripper still holds it.
+        """
+        over: int | None = None
 
         def done() -> bool:
-            steps, first = len(self.episode.flags), self.episode.success.first_step
-            return steps >= self.task.max_steps or (first is not None and steps >= first + linger)
+            nonlocal over
+            steps, succeeded = len(self.episode.flags), self.episode.success.once
+            if over is None and succeeded and getattr(self._expert, "finished", True):
+                over = steps
+            return steps >= self.task.max_steps or (over is not None and steps >= over + linger)
 
         self._drive(seed, perturbation, noise_seed, done, record=True)
         return self.episode

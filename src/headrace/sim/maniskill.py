@@ -1,6 +1,7 @@
 """ManiSkill 3 tasks through gymnasium, with pictures, on a CPU or a GPU."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -130,13 +131,22 @@ def build(name: str, *, render: bool, **options: Any) -> Any:
     Raises:
         NoVulkanDevice: None does; says what to do.
     """
+    return on_first_backend(lambda backend: gym.make(name, render_backend=backend, **options), render=render)
+
+
+def on_first_backend[Made](make: Callable[[str], Made], *, render: bool) -> Made:
+    """What `make` builds with the first of `render_backends` that works here; with "none" where nothing is drawn.
+
+    Raises:
+        NoVulkanDevice: None does; says what to do.
+    """
     failures: list[RuntimeError] = []
     for backend in render_backends() if render else ("none",):
         try:
-            env = gym.make(name, render_backend=backend, **options)
+            made = make(backend)
             if failures:
                 log.warning("the GPU cannot draw (%s); a software device does", failures[0])
-            return env
+            return made
         except RuntimeError as error:
             if not any(sign in str(error).lower() for sign in ("render", "vulkan", "vk::")):
                 raise

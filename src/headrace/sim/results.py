@@ -12,6 +12,7 @@ from headrace.sim.statistics import wilson_interval
 def summarise(task: str, rows: list[dict[str, Any]], *, seconds: float) -> dict[str, Any]:
     """One task's results from its episode rows (see the interface in docs/rollout.md)."""
     successes, steps = sum(row["success"] for row in rows), sum(row["steps"] for row in rows)
+    whole = [row for row in rows if row["error"] is None]  # one that broke off is no success under any rule
     low, high = wilson_interval(successes, len(rows))
     chunks = [ms for row in rows for ms in row["policy_ms"]]
     spent = sum(row["seconds"] for row in rows)
@@ -22,8 +23,8 @@ def summarise(task: str, rows: list[dict[str, Any]], *, seconds: float) -> dict[
         "success_rate": successes / max(len(rows), 1),
         "ci95": [low, high],
         "success_rule": rows[0]["success_rule"] if rows else "",
-        "successes_once": sum(row["success_once"] for row in rows),
-        "successes_at_end": sum(row["success_at_end"] for row in rows),
+        "successes_once": sum(row["success_once"] for row in whole),
+        "successes_at_end": sum(row["success_at_end"] for row in whole),
         "errors": sum(row["error"] is not None for row in rows),
         "seconds": round(seconds, 3),
         "env_steps": steps,

@@ -33,6 +33,7 @@ class RolloutSettings:
 
     Attributes:
         episodes: Episodes per task; episode i starts from seed `seed + i`.
+        policy_seed: The policy's randomness in episode i follows from `policy_seed + i`; by default from its own seed.
         num_envs: Environment processes.
         success_rule: Overrides the task's own rule.
         videos: Videos written per task, from observation frames.
@@ -41,6 +42,7 @@ class RolloutSettings:
 
     episodes: int = 24
     seed: int = 0
+    policy_seed: int | None = None
     num_envs: int = 1
     success_rule: SuccessRule | None = None
     videos: int = 10
@@ -138,7 +140,8 @@ class Rollout:
         if self.policy is None:
             self._send(slot, "expert", slot.seed, self._video(slot.number, slot.seed))
         else:
-            self.policy.reset(slot.index, seed=slot.seed)
+            first = self.settings.seed if self.settings.policy_seed is None else self.settings.policy_seed
+            self.policy.reset(slot.index, seed=first + slot.number)
             self._send(slot, "start", slot.seed, self._video(slot.number, slot.seed) is not None)
         return True
 
@@ -309,12 +312,14 @@ def roll_out(
         "policy": policy_name,
         "policy_settings": policy_settings or {},
         "seed": settings.seed,
+        "policy_seed": settings.policy_seed,
         "success_rule": settings.success_rule,
     } | ({"checkpoint": checkpoint} if checkpoint else {})
     with simulators or Simulators() as simulators, claim(folder), cores_left(settings.num_envs):
         check_same_run(folder, identity)
         earlier = read_json(folder / RESULTS_FILE)
         spent = {row["task"]: row["seconds"] for row in earlier.get("tasks", [])}
+        about = {row["task"]: row["environment"] for row in earlier.get("tasks", []) if "environment" in row}
         results: list[dict[str, Any]] = []
         described: dict[str, Any] = {}
         made = 0
@@ -324,7 +329,8 @@ def roll_out(
             rows = rollout.run()
             described = rollout.described or described
             seconds = spent.get(task.name, 0.0) + (time.perf_counter() - started if rollout.made else 0.0)
-            results.append(summarise(task.name, rows, seconds=seconds))
+            told = rollout.described.get("about") or about.get(task.name)
+            results.append(summarise(task.name, rows, seconds=seconds) | ({"environment": told} if told else {}))
             made += rollout.made
         episodes = sum(r["episodes"] for r in results)
         summary = results[0] if len(results) == 1 else {"task": ",".join(t.name for t in tasks), **total(results)}

@@ -93,20 +93,32 @@ class SimplerTask:
         """A layout drawn from the area that the official ones span, never near an official one; same seed, same layout.
 
         Positions and yaw are continuous. A draw is refused when it is within 1 cm (sink: 2 mm) and 10 degrees of an
-        official layout, or when the two objects would overlap.
+        official layout, or when the two objects are nearer to each other than `least_distance`.
         """
         rng = np.random.default_rng([seed, 0x51A9])
         while True:
             layout = self._draw(rng)
-            if np.linalg.norm(np.subtract(layout.source, layout.target)) > 0.11 and not self.near_official(layout):
+            apart = float(np.hypot(*np.subtract(layout.source, layout.target)))
+            if apart > self.least_distance and not self.near_official(layout):
                 return layout
 
+    @property
+    def area(self) -> tuple[np.ndarray, np.ndarray]:
+        """Corners of the area that the official positions span: lowest and highest x, y, each (2, 2), source first."""
+        positions = np.array(self.positions)
+        return positions.min(axis=0), positions.max(axis=0)
+
+    @property
+    def least_distance(self) -> float:
+        """How near the two objects of a random layout may be [m]: nine tenths of the nearest official pair."""
+        return 0.9 * min(float(np.hypot(*np.subtract(source, target))) for source, target in self.positions)
+
     def _draw(self, rng: np.random.Generator) -> Layout:
-        if self.on_sink:
-            (x, y), target = rng.uniform((-0.115, 0.191), (-0.095, 0.221)), self.positions[0][1]
-            return Layout(source=(float(x), float(y)), target=target, yaw=float(rng.uniform(-np.pi / 4, np.pi / 4)))
-        (a, b), (c, d) = rng.uniform((-0.235, -0.075), (-0.085, 0.075), (2, 2))
-        turn = np.pi / 4 if len(self.yaws) == 1 else np.pi  # a cube looks the same every quarter turn
+        low, high = self.area
+        movable = 1 if self.on_sink else 2  # the sink's basket stays where it is
+        (a, b), (c, d) = [*rng.uniform(low[:movable], high[:movable]), *low[movable:]]
+        # The sink's yaws are within an eighth turn; a cube looks the same every quarter turn.
+        turn = np.pi / 4 if self.on_sink or len(self.yaws) == 1 else np.pi
         return Layout(source=(float(a), float(b)), target=(float(c), float(d)), yaw=float(rng.uniform(-turn, turn)))
 
     def near_official(self, layout: Layout) -> bool:

@@ -1,11 +1,14 @@
 """The SIMPLER tasks in the form that the rollout runner and the collector use."""
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from headrace.contracts import Observation
 from headrace.sim.environment import Step, check_action
+from headrace.sim.maniskill import on_first_backend
 from headrace.sim.simpler import CAMERA, OFFICIAL_EPISODES, STATE_NAMES, Port
 from headrace.sim.simpler_oracle import SimplerOracle
 from headrace.sim.simpler_scene import SimplerScene
@@ -35,9 +38,24 @@ class SimplerEnvironment:
         self, task: Task, *, port: Port = "restored", render: bool = True, width: int = 640, square: int = 0
     ) -> None:
         _quiet()
-        self.scene = SimplerScene(task.name.split("@")[0], port=port, render=render, width=width)
+        make = partial(SimplerScene, task.name.split("@")[0], port=port, render=render, width=width)
+        self.scene = on_first_backend(lambda backend: make(backend=backend), render=render)
         self.spec, self.square = self.scene.spec, square
         self.cameras = (CAMERA,) if render else ()
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a result must say about this environment; JSON-ready."""
+        return {**self.scene.describe(), "layouts": "official below seed 24, random from there", "square": self.square}
+
+    @property
+    def drawing(self) -> bool:
+        """Whether observations have pictures."""
+        return self.scene.drawing
+
+    @drawing.setter
+    def drawing(self, wanted: bool) -> None:
+        self.scene.drawing = wanted
 
     def reset(self, seed: int) -> Observation:
         """Start the episode that `seed` names.
@@ -87,6 +105,11 @@ class SimplerExpert:
     def reset(self) -> None:
         """Plan for the episode that was just reset."""
         self.oracle = SimplerOracle(self.scene)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the object is placed and the gripper has withdrawn."""
+        return self.oracle.finished
 
     def act(self) -> np.ndarray:
         """The next action, float32 (7,)."""

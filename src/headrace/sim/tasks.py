@@ -9,6 +9,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from headrace.sim.simpler import GOOGLE_ROBOT, OFFICIAL_EPISODES
 from headrace.sim.simpler import TASKS as SIMPLER_TASKS
 from headrace.sim.simpler_assets import download_command
 from headrace.sim.success import SuccessRule, check_rule
@@ -26,6 +27,7 @@ class Task:
         environment: `"module:Class"` of the environment, built as `Class(task, **settings)`.
         expert: `"module:Class"` of a scripted expert with privileged state, or empty.
         settings: What the environment needs beside the task itself.
+        test_seeds: Seeds below this one are a benchmark's test episodes, of which no demonstrations are made.
         missing: Returns what must be downloaded first and how, or an empty text when the task can run here.
     """
 
@@ -36,6 +38,7 @@ class Task:
     environment: str = "headrace.sim.maniskill:ManiSkillEnvironment"
     expert: str = ""
     settings: tuple[tuple[str, Any], ...] = ()
+    test_seeds: int = 0
     missing: Callable[[], str] = str
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ SIMPLER: tuple[Task, ...] = tuple(
         environment="headrace.sim.simpler_environment:SimplerEnvironment",
         expert="headrace.sim.simpler_environment:SimplerExpert",
         settings=settings,
+        test_seeds=OFFICIAL_EPISODES,
         missing=partial(download_command, name),
     )
     for variant, settings in SIMPLER_VARIANTS.items()
@@ -183,11 +187,13 @@ def find_task(name: str) -> Task:
     """The task of that name, from headrace's table or ManiSkill's registry.
 
     Raises:
-        ValueError: No such task; names near matches.
+        ValueError: No such task; names near matches, or what stands in the way of one of SIMPLER's other half.
     """
     known = known_tasks()
     if name in known:
         return known[name]
+    if name in GOOGLE_ROBOT:
+        raise ValueError(f"{name} cannot be run here: {GOOGLE_ROBOT[name]}")
     registry = maniskill_registry()
     if name in registry:
         return Task(name=name, instruction=words_of(name), missing=partial(missing_assets, name))
