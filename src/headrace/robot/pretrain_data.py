@@ -102,7 +102,7 @@ class PretrainingData:
             seen = np.stack([self._seen(row) for row in indices.tolist()])
             frames = self.tokens.read(np.repeat(videos, seen.shape[1]), seen.reshape(-1)).view(count, -1)
         else:
-            images = torch.from_numpy(np.stack([pictures for _, pictures in found]))[:, None]
+            images = torch.from_numpy(np.stack([pictures for _, pictures in found if pictures is not None]))[:, None]
         if config.record.future:
             assert self.tokens is not None
             future = self.tokens.read(videos, labels.future[indices].astype(np.int64))
