@@ -138,7 +138,7 @@ def _selection(folder: Path) -> list[Question]:
 
 def _released_graphs(folder: Path) -> dict[str, Graph]:
     """Graphs of the `word` variant by picture stem, from the references of released Mermaid predictions."""
-    found = {}
+    found: dict[str, Graph] = {}
     for path in sorted(folder.glob("*.json")):
         task = task_of_file(path)
         if task is not None and task.name == "mermaid" and not path.name.startswith("char_"):
