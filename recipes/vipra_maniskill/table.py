@@ -6,8 +6,9 @@ The story's folder must hold `pretrain_ls_la` and, for the other columns, `pretr
 `pretrain_ls_la1` (`story.py --only pretrain --fields la`). One policy learns all tasks from the budget's demonstrations
 of each; `scratch` is the same network with freshly drawn weights. All columns get the same fine-tuning updates.
 
-A cell that is done is not run again, so the command may be given again after a kill, or with more seeds. `table.md` is
-written after every cell; `cells.jsonl` beside it has one line per cell and task.
+A cell that is done is not run again, so the command may be given again after a kill, or with more seeds; one that was
+done with other settings is refused. `table.md` is written after every cell; `cells.jsonl` beside it has one line per
+cell and task.
 """
 
 import json
@@ -68,12 +69,25 @@ class Table:
             raise ValueError(f"no columns {sorted(unknown)} (there are: {', '.join(ARMS)})")
 
 
+def settings_of(table: Table) -> dict[str, Any]:
+    """What the figures of a cell depend on beside its budget, arm and seed, as JSON gives it back."""
+    names = ("story", "tasks", "demonstrations", "steps", "batch_size", "lr", "horizon", "episodes", "execute")
+    return json.loads(json.dumps({name: getattr(table, name) for name in names}, default=str))
+
+
 def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, Any]]:
     """Train and roll out one policy; returns a row per task."""
     folder = table.out / f"{arm}_{budget}_{seed}"
-    done = folder / "cell.json"
+    done, own = folder / "cell.json", settings_of(table)
     if done.is_file():
-        return json.loads(done.read_text())["rows"]
+        found = json.loads(done.read_text())
+        there = found.get("settings", {})
+        wrong = [
+            f"{name} {there.get(name)!r}, now {value!r}" for name, value in own.items() if there.get(name) != value
+        ]
+        if wrong:
+            raise ValueError(f"{done} was run with {'; '.join(wrong)}: give the same settings, or a new --out")
+        return found["rows"]
     fields = "ls_la" if arm == "scratch" else arm
     start = Start(
         init=str(table.story / f"pretrain_{fields}" / "model"),
@@ -104,7 +118,7 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
     facts = {"budget": budget, "arm": arm, "seed": seed, "steps": table.steps}
     facts["loss"] = sum(last) / len(last) if last else None  # None where training had ended in an earlier run
     rows = [facts | {k: row[k] for k in ("task", "successes", "episodes", "errors")} for row in results["tasks"]]
-    write_json(done, {"rows": rows})
+    write_json(done, {"settings": own, "rows": rows})
     return rows
 
 

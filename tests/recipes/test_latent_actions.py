@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_the_recipe_trains_judges_and_saves(tmp_path):
 
 
 @pytest.mark.slow
-def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path):
+def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path, monkeypatch):
     import av
 
     random = np.random.default_rng(0)
@@ -67,16 +68,11 @@ def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path):
                     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(texture[:, 4 * step :][:, :32]))
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())
-    command = [sys.executable, ROOT / "recipes" / "latent_actions.py", "--data"]
-    command += [tmp_path / place / "clips" for place in ("left", "right")]
-    options = {"out": tmp_path / "run", "steps": 2, "batch-size": 4, "width": 32, "image-size": 32, "held-out": 3}
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)] + ["--weights", 1, 3]
-    environment = os.environ | {
-        "HEADRACE_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-    }
-    subprocess.run([*map(str, command), *map(str, flags)], check=True, env=environment)
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path / "cache"))
+    recipe = runpy.run_path(str(ROOT / "recipes" / "latent_actions.py"))
+    data = tuple(str(tmp_path / place / "clips") for place in ("left", "right"))
+    small = {"steps": 2, "batch_size": 4, "width": 32, "image_size": 32, "held_out": 3}
+    recipe["main"](recipe["Recipe"](data=data, weights=(1, 3), out=tmp_path / "run", **small))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["probe"] is None and report["transitions"] > 0
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])

@@ -1,6 +1,8 @@
+import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,12 +30,18 @@ def test_the_table_adds_up_seeds_and_tasks_and_says_what_is_missing(table, tmp_p
     assert lines[4].startswith("| 25 | all | 30/300: 10.0 (") and lines[4].endswith("| not run |")
 
 
-def test_a_finished_cell_is_not_run_again(table, tmp_path):
+def test_a_finished_cell_is_not_run_again_and_one_of_other_settings_is_refused(table, tmp_path):
     settings = table["Table"](story=tmp_path / "none", out=tmp_path)
     folder = tmp_path / "ls_la_25_0"
     folder.mkdir()
-    (folder / "cell.json").write_text('{"rows": [{"task": "x"}]}')
+    cell = {"settings": table["settings_of"](settings), "rows": [{"task": "x"}]}
+    (folder / "cell.json").write_text(json.dumps(cell))
     assert table["run_cell"](settings, 25, "ls_la", 0) == [{"task": "x"}]
+    with pytest.raises(ValueError, match=r"was run with steps 2000, now 300; execute 7, now 4: give the same"):
+        table["run_cell"](replace(settings, steps=300, execute=4), 25, "ls_la", 0)
+    (folder / "cell.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="steps None, now 2000"):
+        table["run_cell"](settings, 25, "ls_la", 0)
 
 
 def test_unknown_columns_are_named(table, tmp_path):

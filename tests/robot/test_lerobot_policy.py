@@ -3,9 +3,10 @@
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,8 @@ from lerobot_policy_vipra import LeRobotVipraConfig, fast_pictures  # noqa: E402
 from headrace.contracts import Observation  # noqa: E402
 from headrace.robot.lerobot_checkpoint import load_network  # noqa: E402
 from headrace.robot.policy import load_policy  # noqa: E402
+from headrace.robot.vipra import VipraPolicy  # noqa: E402
+from headrace.robot.vipra_pretraining import VipraPretraining, VipraPretrainingConfig  # noqa: E402
 
 SIZE, FPS = 72, 10
 CHANNELS = ["height", "width", "channel"]
@@ -175,6 +178,61 @@ def test_our_checkpoint_is_trained_further_in_lerobot(dataset, trained, tmp_path
     for key, value in load_network(tmp_path / "ours").state_dict().items():
         torch.testing.assert_close(policy.model.state_dict()[key], value)
     assert policy.model.config.action_normalizer == load_network(tmp_path / "ours").config.action_normalizer
+
+
+def test_a_network_pretrained_on_videos_becomes_a_policy(dataset, tmp_path):
+    """At a stride of 2 and 5 steps a second, so the dataset of 10 Hz is at the videos' own rate."""
+    tiny = VipraPretrainingConfig.tiny()
+    record = replace(tiny.record, rate=FPS / 2, stride=2, history=(-1, 0))
+    torch.manual_seed(0)
+    source = VipraPretraining(replace(tiny, record=record, history=(-1, 0)))
+    source.save_pretrained(tmp_path / "pretrained")
+    meta = LeRobotDataset("local/pushed", root=dataset).meta
+    config = LeRobotVipraConfig(init=str(tmp_path / "pretrained"), device="cpu", chunk_size=6)
+    assert config.history == config.observation_delta_indices == [-2, 0] and config.camera_size == 64
+    policy = make_policy(config, ds_meta=meta)
+    ours = policy.model.config
+    assert ours.decoder.horizon == 6 and ours.pretraining == record
+    assert set(tiny.words) | {"t", "turn"} <= set(ours.words)
+    for name in ("backbone.norm.weight", "view.weight", "image_tokens.project.weight"):
+        torch.testing.assert_close(policy.model.state_dict()[name], source.state_dict()[name], rtol=0, atol=0)
+    batch = {
+        "observation.images.image": torch.rand(2, 2, 3, SIZE, SIZE),
+        "observation.state": torch.rand(2, 2, 2),
+        "action": torch.rand(2, 6, 2),
+        "task": ["push the T"] * 2,
+    }
+    assert torch.isfinite(policy(batch)[0])
+    policy.save_pretrained(tmp_path / "policy")
+    again = get_policy_class("vipra").from_pretrained(tmp_path / "policy")
+    assert torch.equal(again.model.view.weight, policy.model.view.weight) and again.config.history == [-2, 0]
+    VipraPretraining(replace(tiny, record=replace(record, rate=7.0), history=(-1, 0))).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ValueError, match="7 steps a second on videos of 14 Hz, the demonstrations have 10"):
+        make_policy(LeRobotVipraConfig(init=str(tmp_path / "odd"), device="cpu", history=[-1, 0]), ds_meta=meta)
+
+
+def test_a_dataset_of_another_rate_is_refused_unless_named(dataset, trained, tmp_path):
+    ours = load_network(trained["network"])
+    spec = ours.config.action_spec
+    faster = replace(ours.config, spec=replace(spec, rate=2 * FPS).to_dict())
+    VipraPolicy(faster).save_pretrained(tmp_path / "faster")
+    meta = LeRobotDataset("local/pushed", root=dataset).meta
+    with pytest.raises(ValueError, match="acts 20 times a second, the dataset has 10 frames"):
+        make_policy(LeRobotVipraConfig(init=str(tmp_path / "faster"), device="cpu"), ds_meta=meta)
+    make_policy(LeRobotVipraConfig(init=str(tmp_path / "faster"), device="cpu", override=["rate"]), ds_meta=meta)
+    with pytest.raises(ValueError, match="takes history and rate, got speed"):
+        LeRobotVipraConfig(device="cpu", override=["speed"])
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (100, 72), (48, 40), (50, 120)])
+def test_pictures_of_other_sizes_are_stretched_as_headrace_does(shape):
+    from lerobot_policy_vipra.stretching import stretched
+
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    wanted = cv2.resize(picture, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    given = stretched(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255, SIZE)
+    got = (given[0].permute(1, 2, 0) * 255).round().numpy()
+    assert np.abs(got - wanted).max() <= 1 and (got != wanted).mean() < 0.1
 
 
 def test_options_that_contradict_are_refused(trained, tmp_path):

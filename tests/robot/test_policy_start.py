@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from headrace.contracts import Observation
-from headrace.robot.finetune import FinetuneSettings, train_policy
+from headrace.robot.finetune import FinetuneSettings, train_policy, usual_lr
 from headrace.robot.lora import LoraSettings, add_adapters, merged_state, without_adapters
 from headrace.robot.policy import BinsPolicy, FlowPolicy, load_policy
 from headrace.robot.policy_start import Start, prepare
+from headrace.robot.vipra_config import BackboneConfig
 from headrace.robot.vipra_pretraining import VipraPretraining, VipraPretrainingConfig
 
 FPS = 20
@@ -144,6 +145,12 @@ def test_videos_read_with_a_stride_teach_a_policy_at_their_own_rate(dataset, tmp
     model.save_pretrained(tmp_path / "policy")
     with pytest.raises(ValueError, match="chunks of 5 actions, asked for 6"):
         prepare([dataset], Start(init=str(tmp_path / "policy"), horizon=6))
+
+
+def test_the_published_width_gets_the_published_rate():
+    config = VipraPretrainingConfig.tiny()
+    assert usual_lr(config) == 5e-4
+    assert usual_lr(replace(config, backbone=BackboneConfig(), image=replace(config.image, width=4096))) == 4e-5
 
 
 def test_a_config_without_statistics_is_refused(dataset, pretrained, tmp_path):

@@ -11,8 +11,10 @@ from headrace.contracts import ActionSpec
 
 if TYPE_CHECKING:
     from headrace.robot.vipra import VipraConfig
+    from headrace.robot.vipra_pretraining import VipraPretrainingConfig
 
 NORMALIZATIONS = ("network", "processors")
+DIFFERENCES = ("history", "rate")
 
 
 @PreTrainedConfig.register_subclass("vipra")
@@ -26,6 +28,7 @@ class LeRobotVipraConfig(PreTrainedConfig):
 
     size: str = "small"
     init: str | None = None
+    override: list[str] = field(default_factory=list)
     normalization: str = "network"
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=dict)
     history: list[int] | None = None
@@ -59,6 +62,8 @@ class LeRobotVipraConfig(PreTrainedConfig):
             )
         if self.normalization_mapping.get("VISUAL", NormalizationMode.IDENTITY) is not NormalizationMode.IDENTITY:
             raise ValueError("pictures are normalised inside the network; VISUAL must stay IDENTITY")
+        if set(self.override) - set(DIFFERENCES):
+            raise ValueError(f"--policy.override takes {' and '.join(DIFFERENCES)}, got {', '.join(self.override)}")
         built = self._planned()
         own = {"history": list(built.history), "chunk_size": built.decoder.horizon, "camera_size": built.camera_size}
         for name, value in own.items():
@@ -75,8 +80,8 @@ class LeRobotVipraConfig(PreTrainedConfig):
             fast_pictures.install()
 
     def _planned(self) -> "VipraConfig":
-        """Our config as far as it is known: saved, the checkpoint's that is trained further, or the size's."""
-        if not self.network and self.init is not None:
+        """Our config as far as it is known: saved, that of a checkpoint that is trained further, or the size's."""
+        if not self.network and self.init is not None and self.pretraining() is None:
             from headrace.nn.pretrained import read_config, resolve_folder
 
             found = read_config(resolve_folder(self.init))
@@ -87,8 +92,38 @@ class LeRobotVipraConfig(PreTrainedConfig):
             return network_config({"network": self.network})
         return self.template(ActionSpec(names=("a",), frame="joint", rotation="none", gripper="none", rate=1.0), ("c",))
 
+    def pretraining(self) -> "VipraPretrainingConfig | None":
+        """The config of the network that `init` names if that was pretrained on videos; None for policies."""
+        if self.init is None:
+            return None
+        from headrace.nn.pretrained import config_from_dict, read_config, resolve_folder
+
+        found = read_config(resolve_folder(self.init))
+        if found.pop("model", None) != "VipraPretraining":
+            return None
+        from headrace.robot.vipra_pretraining import VipraPretrainingConfig
+
+        return config_from_dict(VipraPretrainingConfig, found)
+
     def template(self, spec: ActionSpec, cameras: tuple[str, ...]) -> "VipraConfig":
-        """The size's config with this config's windows, without statistics and words."""
+        """The pretrained network's or the size's config with this config's windows, without statistics."""
+        seen = self.pretraining()
+        if seen is not None:
+            from headrace.robot.policy_start import policy_of
+
+            record = seen.record  # demonstrations are taken to be at the videos' own rate until the dataset is known
+            history = record.history_at((record.rate or 0) * record.stride)
+            return policy_of(
+                seen,
+                spec,
+                cameras=cameras,
+                history=tuple(self.history) if self.history else history,
+                horizon=self.chunk_size,
+            )
+        return self._sized(spec, cameras)
+
+    def _sized(self, spec: ActionSpec, cameras: tuple[str, ...]) -> "VipraConfig":
+        """The size's config."""
         from headrace.robot.sizes import policy_config
 
         seen = policy_config(self.size, spec, cameras=cameras, camera_size=4096).image.size

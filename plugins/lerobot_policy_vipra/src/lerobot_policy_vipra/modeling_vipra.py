@@ -18,15 +18,18 @@ from headrace.datasets.random_crop import random_crop
 from headrace.flow.solver import SolverSettings
 from headrace.flow.step_grid import settings_for
 from headrace.nn.pretrained import load_strictly, read_weights, resolve_folder
+from headrace.robot.carry_over import carry_over, require_same_conditions
 from headrace.robot.continuation import sample_after
 from headrace.robot.finetune import parameter_groups, still
 from headrace.robot.lerobot_checkpoint import PREFIX, load_network, network_config, read_tokenizer
 from headrace.robot.policy import settle
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_pretraining import VipraPretraining
 from headrace.vlm.text_tokenizer import TOKENIZER_FOLDER
 from lerobot_policy_vipra.configuration_vipra import LeRobotVipraConfig
 from lerobot_policy_vipra.new_network import camera_name, from_features
+from lerobot_policy_vipra.stretching import stretched
 
 
 class LeRobotVipraPolicy(PreTrainedPolicy):
@@ -38,7 +41,8 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
 
     Raises:
         GridMismatch: `config.init` was straightened for another grid than `num_inference_steps` equal steps.
-        ValueError: The features do not fit the network.
+        ValueError: The features do not fit the network, or the dataset's rate or the history is another one than the
+            network was trained on and `config.override` does not name it.
     """
 
     config_class = LeRobotVipraConfig
@@ -55,13 +59,21 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
     ) -> None:
         super().__init__(config)
         config.validate_features()
+        seen = config.pretraining() if config.pretrained_path is None else None
         if not config.network:
             config.set_network(from_features(config, dataset_stats, dataset_meta))
         ours = self._effective(network_config({"network": config.network}))
         require_features(config, ours)
+        if dataset_meta is not None:
+            require_rate(config, ours, float(dataset_meta.fps))
         self.model = VipraPolicy(ours)
         self.solver = SolverSettings(method="euler", steps=config.num_inference_steps)
-        if config.init is not None and config.pretrained_path is None:
+        if seen is not None:
+            rate = ours.action_spec.rate
+            require_same_conditions(seen.record, history=ours.history, rate=rate, override=tuple(config.override))
+            source = VipraPretraining.from_pretrained(resolve_folder(config.init))
+            carry_over(source, self.model, frames_per_step=seen.record.frames_per_step(rate))
+        elif config.init is not None and config.pretrained_path is None:
             trained = load_network(config.init)
             self.solver = settings_for(resolve_folder(config.init), self.solver)
             self.model.load_state_dict(trained.state_dict())
@@ -222,12 +234,7 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
             pictures = by_name[name]
             pictures = pictures[:, None] if pictures.ndim == 4 else pictures
             pictures = pictures.float() / 255 if pictures.dtype == torch.uint8 else pictures
-            if pictures.shape[-2:] != (size, size):
-                flat = torch.nn.functional.interpolate(
-                    pictures.flatten(0, 1), (size, size), mode="bilinear", antialias=True, align_corners=False
-                )
-                pictures = flat.unflatten(0, pictures.shape[:2])
-            cameras.append(pictures)
+            cameras.append(stretched(pictures, size))
         both = torch.stack(cameras, 1)  # (B, V, T, 3, size, size)
         return (both.clamp(0, 1) * 255).round().to(torch.uint8).movedim(3, -1)
 
@@ -270,6 +277,20 @@ def require_features(config: LeRobotVipraConfig, ours: VipraConfig) -> None:
         raise ValueError(
             f"the network needs the cameras {', '.join(ours.cameras)}, the data have {', '.join(sorted(cameras))}; "
             "map them with --rename_map"
+        )
+
+
+def require_rate(config: LeRobotVipraConfig, ours: VipraConfig, fps: float) -> None:
+    """Refuse a dataset at another rate than the network commands at.
+
+    Raises:
+        ValueError: They differ, and `--policy.override` does not say that it is meant.
+    """
+    rate = ours.action_spec.rate
+    if abs(rate - fps) > 1e-3 * fps and "rate" not in config.override:
+        raise ValueError(
+            f"the network acts {rate:g} times a second, the dataset has {fps:g} frames a second; resample it, or name "
+            """the difference: --policy.override='["rate"]'"""
         )
 
 

@@ -40,10 +40,11 @@ def from_features(config: "LeRobotVipraConfig", stats: dict[str, Any] | None, me
     tasks = list(meta.tasks.index) if meta is not None else []
     mask = [name != "gripper" for name in spec.names]
     state = _normalizer(stats, "observation.state", len(names), None) if names else None
+    template = config.template(spec, cameras)
     return replace(
-        config.template(spec, cameras),
+        template,
         state_names=names,
-        words=words_of(tasks),
+        words=() if template.text_vocabulary else words_of([*template.words, *tasks]),
         action_normalizer=_normalizer(stats, "action", spec.dim, mask),
         state_normalizer=state,
     )
