@@ -23,7 +23,7 @@ def test_a_missing_ray_is_named_with_its_extra(monkeypatch):
 
 def test_strides_must_fit_the_folders(tmp_path):
     with pytest.raises(ValueError, match="2 folders of videos need as many strides"):
-        LabelJob(model=tmp_path, data=("a", "b"), strides=(1,))
+        LabelJob(model=tmp_path, data=("a", "b"), strides=(1, 2, 3))
 
 
 @pytest.mark.slow

@@ -50,6 +50,8 @@ class LabelJob:
             raise ValueError(f"only 'rate' can be overridden, got {', '.join(self.override)}")
         if not self.data:
             raise ValueError("name at least one folder of videos")
+        if self.strides is not None and len(self.strides) not in (1, len(self.data)):
+            raise ValueError(f"{len(self.data)} folders of videos need as many strides or one, got {self.strides}")
 
     def sources(self) -> list[VideoSource]:
         """The corpus's sources."""
