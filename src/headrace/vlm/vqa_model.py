@@ -130,7 +130,7 @@ def region_of(model: Any, width: int, height: int) -> tuple[float, float, float,
     if own is not None:
         return own.region(width, height)
     pixels = getattr(getattr(model, "processor", None), "image_processor", None)
-    if not getattr(pixels, "do_center_crop", False) or getattr(pixels, "image_grid_pinpoints", None):
+    if pixels is None or not getattr(pixels, "do_center_crop", False) or getattr(pixels, "image_grid_pinpoints", None):
         return 0.0, 0.0, 1.0, 1.0
     size, crop = dict(pixels.size) if pixels.do_resize else {}, pixels.crop_size
     if "shortest_edge" in size:
