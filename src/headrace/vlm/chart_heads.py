@@ -96,7 +96,8 @@ class ChartHeads(nn.Module):
             "letter": F.cross_entropy(told[0], facts.letter[real]),
             "out": bce(told[1], facts.out[real], reduction="sum") / len(told[1]),
             "into": bce(told[2], facts.into[real], reduction="sum") / len(told[2]),
-            "red": bce(told[3][:, 0], facts.red[real]),
+            # framed boxes are few: without the factor it was the last thing to be learned
+            "red": 5 * bce(told[3][:, 0], facts.red[real]),
             "nodes": F.cross_entropy(told[4], counts[:, 0]) + F.cross_entropy(nodes, facts.counts[:, 0]),
             "edges": F.cross_entropy(told[5], counts[:, 1]) + F.cross_entropy(edges, facts.counts[:, 1]),
             "course": F.cross_entropy(told[6], course.expand_as(node)[real]),
