@@ -227,35 +227,37 @@ class WindowBatches:
                 across, down = (min(max(v + side, 0), canvas.shape[a] - side) for v, a in ((left, 1), (top, 0)))
                 corner = np.array([across - side, down - side])
                 inside = [(middle - corner) // source.patch for middle in middles]
-                letters = [(cell, LETTERS.index(n.label)) for cell, n in zip(inside, chart.graph.nodes, strict=True)]
-                targets = window_targets(letters, [(line - corner) // source.patch for line in lines])
+                boxes = [
+                    (cell, LETTERS.index(n.label), n.id == chart.boxed)
+                    for cell, n in zip(inside, chart.graph.nodes, strict=True)
+                ]
+                targets = window_targets(boxes, [(line - corner) // source.patch for line in lines])
                 windows.append({"images": canvas[down : down + side, across : across + side], **targets})
         return {name: torch.from_numpy(np.stack([w[name] for w in windows])) for name in windows[0]}
 
 
-def window_targets(letters: list[tuple[np.ndarray, int]], lines: list[np.ndarray]) -> dict[str, np.ndarray]:
+def window_targets(boxes: list[tuple[np.ndarray, int, bool]], lines: list[np.ndarray]) -> dict[str, np.ndarray]:
     """What each patch of a window should know.
 
     Args:
-        letters: Cell (column, row) of each box's middle, and its letter; cells outside of the window count for nothing.
+        boxes: Cell (column, row) of each box's middle, its letter, and whether it has the red frame; cells outside of
+            the window count for nothing.
         lines: Cells (P, 2) that each arrow passes, from its beginning to its head.
 
     Returns:
-        `letter` int64 (N,), -100 where no box has its middle; `sides` float32 (N, 4), 1 where a line crosses the
-        patch's left, right, top or bottom side; `head` float32 (N,), 1 where an arrow ends.
+        `letter` int64 (N,), -100 where no box has its middle; `framed` float32 (N,), 1 where it is a framed box's;
+        `sides` float32 (N, 4), 1 where a line crosses the patch's left, right, top or bottom side; `head` float32
+        (N,), 1 where an arrow ends.
     """
-    letter, sides, head = (
-        np.full(WINDOW**2, -100),
-        np.zeros((WINDOW**2, 4), np.float32),
-        np.zeros(WINDOW**2, np.float32),
-    )
+    letter, sides = np.full(WINDOW**2, -100), np.zeros((WINDOW**2, 4), np.float32)
+    framed, head = np.zeros((2, WINDOW**2), np.float32)
 
     def number(cell: np.ndarray) -> int | None:
         return int(cell[1]) * WINDOW + int(cell[0]) if ((cell >= 0) & (cell < WINDOW)).all() else None
 
-    for cell, index in letters:
+    for cell, index, red in boxes:
         if (here := number(cell)) is not None:
-            letter[here] = index
+            letter[here], framed[here] = index, red
     for line in lines:
         step = np.diff(line, axis=0)
         near = ((line >= -1) & (line <= WINDOW)).all(1)
@@ -266,7 +268,7 @@ def window_targets(letters: list[tuple[np.ndarray, int]], lines: list[np.ndarray
                     sides[here, side] = 1
         if (here := number(line[-1])) is not None:
             head[here] = 1
-    return {"letter": letter.astype(np.int64), "sides": sides, "head": head}
+    return {"letter": letter.astype(np.int64), "framed": framed, "sides": sides, "head": head}
 
 
 class Training(nn.Module):
@@ -276,7 +278,7 @@ class Training(nn.Module):
         super().__init__()
         self.model = model
         self.heads = ChartHeads(model.encoder.width)
-        self.reader = nn.Linear(model.encoder.width, 6 + len(LETTERS))
+        self.reader = nn.Linear(model.encoder.width, 7 + len(LETTERS))
         self.lookup = LookupHeads(model.language.config.hidden_size)
         self.concepts = nn.Linear(CONCEPTS, model.language.config.hidden_size)
         nn.init.normal_(self.concepts.weight, std=0.3)
@@ -303,15 +305,17 @@ class Training(nn.Module):
         return self._answers(stated, batch)
 
     def stem_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whether a box's middle lies in a patch, its letter, the sides that lines cross, and heads of arrows."""
+        """Whether a box's middle lies in a patch, its letter and frame, sides that lines cross, heads of arrows."""
         told = self.reader(self.model.encoder.inner.patch_embed(_pixels(batch["images"]))).float()
         letter, real, bce = batch["letter"], batch["letter"] >= 0, F.binary_cross_entropy_with_logits
         centre = bce(told[..., 0], real.float())
         sides, head = bce(told[..., 1:5], batch["sides"]), bce(told[..., 5], batch["head"])
-        reads = F.cross_entropy(told[real][:, 6:], letter[real])
-        right = (told[real][:, 6:].argmax(-1) == letter[real]).float().mean()
-        total = centre + reads + 2 * sides + head
-        return {"total": total, "centre": centre, "letter": reads, "sides": sides, "head": head, "letter_right": right}
+        reads = F.cross_entropy(told[real][:, 7:], letter[real])
+        right = (told[real][:, 7:].argmax(-1) == letter[real]).float().mean()
+        framed = bce(told[real][:, 6], batch["framed"][real])
+        total = centre + reads + 2 * sides + head + 2 * framed
+        return {"total": total, "centre": centre, "letter": reads, "framed": framed, "sides": sides, "head": head,
+                "letter_right": right}  # fmt: skip
 
     def encoder_loss(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """What each patch should know."""

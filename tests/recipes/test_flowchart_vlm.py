@@ -121,7 +121,8 @@ def test_windows_hold_the_letter_that_they_name(script, recipe, charts):
 
 def test_a_patch_knows_the_sides_that_a_line_crosses_and_the_head(script):
     line = script.np.array([[-1, 0], [0, 0], [0, 0], [1, 0], [1, 1]])  # from the left, over the top, down to the corner
-    told = script.window_targets([(script.np.array([1, 1]), 4), (script.np.array([2, 0]), 5)], [line])
+    told = script.window_targets([(script.np.array([1, 1]), 4, True), (script.np.array([2, 0]), 5, False)], [line])
+    assert told["framed"].tolist() == [0, 0, 0, 1]
     assert told["letter"].tolist() == [-100, -100, -100, 4] and told["head"].tolist() == [0, 0, 0, 1]
     left, right, top, bottom = told["sides"].T
     assert left.tolist() == [1, 1, 0, 0] and right.tolist() == [1, 0, 0, 0]
