@@ -129,6 +129,8 @@ class Recipe:
         pictures: Rendered shapes.
         steps: Override of each stage's steps.
         batch: Override of each stage's batch.
+        uncaptioned: Override of the share of pictures that the image tokenizer decodes with an empty caption. What the
+            caption says, the tokens need not hold, and image-to-text then cannot find it in them.
         perceptual: Perceptual network of the image tokenizer, with which comes the critic: `lpips` needs `vgg`,
             `efficientnet` is the offline one, `none` trains on squared error and KL alone; `auto` is `none` for tiny
             and `efficientnet` else.
@@ -149,6 +151,7 @@ class Recipe:
     pictures: int = 20_000
     steps: int | None = None
     batch: int | None = None
+    uncaptioned: float | None = None
     perceptual: Literal["auto", "none", "efficientnet", "lpips"] = "auto"
     vgg: Path | None = None
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
@@ -369,7 +372,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
             stage,
             ids(pictures.captions),
             ids([""]),
-            uncaptioned=settings.uncaptioned,
+            uncaptioned=settings.uncaptioned if recipe.uncaptioned is None else recipe.uncaptioned,
             divergence=settings.divergence,
         ),
         optimizer,
@@ -384,7 +387,13 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
         clip=None,  # by the optimizer's hook
         ema_decay=settings.ema,
         precision=recipe.precision,
-        settings={"stage": stage, "size": size_name, "pictures": len(pictures), "source": recipe.source},
+        settings={
+            "stage": stage,
+            "size": size_name,
+            "pictures": len(pictures),
+            "source": recipe.source,
+            "uncaptioned": recipe.uncaptioned,
+        },
         progress=False,
         find_unused=training is not None,
     )
