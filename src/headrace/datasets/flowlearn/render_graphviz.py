@@ -18,7 +18,7 @@ def dot_source(chart: Chart) -> str:
     """The chart in Graphviz' language."""
     rankdir = "TB" if chart.graph.direction == "TD" else chart.graph.direction
     rows = [
-        f'digraph g {{ rankdir={rankdir}; bgcolor="#{chart.background}"; pad=0.1;',
+        f'digraph g {{ rankdir={rankdir}; bgcolor="#{chart.background}"; pad=0.1; outputorder=edgesfirst;',
         'node [shape=box style="rounded,filled" fillcolor="#ECECFF" color="#9370DB" fontsize=12];',
         'edge [color="#333333"];',
     ]
