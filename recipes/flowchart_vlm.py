@@ -37,7 +37,7 @@ from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 from headrace.vlm.chart_heads import ChartHeads, Facts, LookupHeads, concept_rows, gathered
 from headrace.vlm.chart_questions import Packed, block_mask, chart_tokenizer, pack, training_questions
-from headrace.vlm.conv_stem import StemConfig
+from headrace.vlm.conv_stem import ChannelNorm, ConvStem, StemConfig
 from headrace.vlm.video_language_model import PromptTemplate, VideoLanguageConfig, VideoLanguageModel
 from headrace.vlm.visual_encoder import VisualEncoderConfig
 
@@ -58,6 +58,8 @@ class Recipe:
         start: `weights.safetensors` of an earlier run of this stage, to train on from it in place of random weights.
         size: Side of the canvas [px].
         stem, stem_blocks: Convolutions before the ViT; 2 ** stages is its patch.
+        frozen: Stages of the stem, from the pixels on, that are not trained further; three save two fifths of an
+            encoder update once `stem` has taught them.
         full_share: Share of steps on the whole canvas; the others take the smallest one that holds the batch.
         statements: Rounds of the four statement tasks per chart.
         long_share: Chance that a chart is asked for Mermaid code; half of it for a description.
@@ -70,6 +72,7 @@ class Recipe:
     size: int = 512
     stem: tuple[int, ...] = (24, 32, 48, 96, 192)
     stem_blocks: tuple[int, ...] = (0, 0, 1, 1, 0)
+    frozen: int = 0
     width: int = 192
     vision_layers: int = 6
     text_width: int = 144
@@ -451,8 +454,22 @@ def _take_over(training: Training, recipe: Recipe, *stages: Stage) -> None:
             mine.load_state_dict(theirs.state_dict())
 
 
+def freeze(stem: ConvStem, stages: int) -> None:
+    """Take the first stages of a stem out of training; the gradient stops behind them."""
+    passed = 0
+    for module in stem.stages:
+        passed += isinstance(module, nn.Conv2d)
+        if passed > stages or (passed == stages and isinstance(module, ChannelNorm)):
+            return
+        module.requires_grad_(False)
+
+
 def main(recipe: Recipe) -> Path:
     """Train one stage; returns the folder of its result."""
+    if not 0 <= recipe.frozen <= len(recipe.stem):
+        raise ValueError(f"--frozen must be 0 to {len(recipe.stem)}, the stages of the stem, got {recipe.frozen}")
+    if recipe.frozen and recipe.stage in ("language", "stem"):
+        raise ValueError(f"--frozen is for the stages encoder and joint, not {recipe.stage}")
     torch.set_num_threads(recipe.threads)
     model = build(recipe)
     training = Training(model)
@@ -467,6 +484,7 @@ def main(recipe: Recipe) -> Path:
         charts = [chart for folder in recipe.data for chart in read_drawn(folder, longest=recipe.size)]
         batches = ChartBatches([c for c in charts if len(c.graph.nodes) <= MOST_NODES], recipe, model.tokenizer)
         batches = WindowBatches(batches) if recipe.stage == "stem" else batches
+    freeze(model.encoder.inner.patch_embed, recipe.frozen)
     loss = {
         "language": Training.language_loss,
         "stem": Training.stem_loss,

@@ -178,3 +178,18 @@ def test_lookup_heads_ask_for_the_box_of_each_letter_and_its_arrows_with_the_fir
     truth[0, 0, [1, 26 + 2]] = truth[0, 2, 26 + 0] = truth[0, 3, 0] = 20.0  # leads to, comes from, by place in the text
     exact, wrong = losses(truth, torch.tensor([-20.0, 20.0]))
     assert exact == pytest.approx(0, abs=1e-5) and wrong == pytest.approx(20, rel=1e-4)
+
+
+def test_frozen_stages_stay_and_the_others_learn(script, recipe):
+    model = script.build(recipe)
+    stages = model.encoder.inner.patch_embed.stages
+    script.freeze(model.encoder.inner.patch_embed, 3)
+    convolutions = [m for m in stages if isinstance(m, torch.nn.Conv2d)]
+    assert [all(p.requires_grad for p in m.parameters()) for m in convolutions] == [False, False, False, True, True]
+    assert not any(p.requires_grad for m in list(stages)[:8] for p in m.parameters())  # the residual block is in it
+    assert all(p.requires_grad for m in list(stages)[8:] for p in m.parameters())
+
+
+def test_frozen_stages_are_refused_where_nothing_else_would_learn(script, recipe):
+    with pytest.raises(ValueError, match="--frozen is for the stages encoder and joint"):
+        script.main(replace(recipe, stage="stem", frozen=2))
