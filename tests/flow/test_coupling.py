@@ -185,3 +185,9 @@ def test_modes_that_do_not_fit_are_refused(batch):
         Coupling().pair(batch[0], batch[1][:3])
     with pytest.raises(ValueError, match="one device"):
         Coupling().pair(torch.zeros(4, 2), torch.zeros(4, 2, device="meta"))
+
+
+def test_one_pair_alone_counts_fully():
+    """A process of several may have a batch of one, which no epsilon could make two pairs."""
+    paired = Coupling(kind="gibbs", epsilon=0.1).pair(torch.zeros(1, 2), torch.full((1, 2), 3.0))
+    torch.testing.assert_close(paired.weight, torch.ones(1))

@@ -70,6 +70,20 @@ def test_blockwise_guidance_is_guidance(mode):
     torch.testing.assert_close(made, integrate(plain, X, steps=6))
 
 
+def test_guidance_of_networks_without_a_residual_says_so():
+    class Plain:
+        """A blockwise network that has no residual network."""
+
+        def __init__(self, rate):
+            self.inner, self.borders = Rate(rate), Rate.borders
+            self.at, self.features, self.velocity = self.inner.at, self.inner.features, self.inner.velocity
+
+    parts = GuidedParts(Plain(0.7), Rate(-0.3), 2.0)
+    with pytest.raises(ValueError, match="no feature residual network"):
+        integrate_blockwise(parts, X, borders=(0.0, 0.5, 1.0), steps_per_segment=3, mode="residual")
+    integrate_blockwise(parts, X, borders=(0.0, 0.5, 1.0), steps_per_segment=3, mode="full")
+
+
 def test_a_late_bad_velocity_is_counted_over_the_whole_grid():
     def broken(x, t):
         return torch.where((t > 0.75)[:, None], float("inf"), x)

@@ -127,4 +127,7 @@ def test_another_checkpoint_in_the_same_folder_has_another_name(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20) + b"one")
     first = model_name(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20) + b"two")
-    assert model_name(str(tmp_path)) != first and model_name("owner/name") == "owner/name"
+    second = model_name(str(tmp_path))
+    assert second != first and model_name("owner/name") == "owner/name"
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")  # other words around every question
+    assert model_name(str(tmp_path)) != second

@@ -327,7 +327,7 @@ class Coupling:
     def _gibbs(self, noise: Tensor, data: Tensor) -> Tensor:
         weight = gibbs_weights(noise, data, epsilon=self.epsilon or 0.0)
         share = 1.0 / weight.square().mean().item()
-        if share * len(weight) < LEAST_EFFECTIVE_PAIRS:
+        if share * len(weight) < min(LEAST_EFFECTIVE_PAIRS, len(weight)) * (1 - 1e-6):
             raise ValueError(
                 f"epsilon={self.epsilon} lets {share * len(weight):.1f} of {len(weight)} pairs of this batch count, "
                 f"fewer than {LEAST_EFFECTIVE_PAIRS:g}. Raise epsilon (see choose_epsilon)"

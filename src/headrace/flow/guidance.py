@@ -3,7 +3,7 @@
 Source: Ho and Salimans 2022, arXiv 2207.12598; interval: Kynkaanniemi et al. 2024, arXiv 2404.07724.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,9 +87,11 @@ class GuidedParts(NamedTuple):
         """Both features, stacked at dimension 1."""
         return torch.stack([self.conditional.features(x, moment[0]), self.unconditional.features(x, moment[1])], 1)
 
-    def residual(self, x: Tensor, moment: tuple[Any, Any]) -> Tensor:
-        """Both residuals, stacked at dimension 1."""
-        return torch.stack([self.conditional.residual(x, moment[0]), self.unconditional.residual(x, moment[1])], 1)
+    @property
+    def residual(self) -> Callable[[Tensor, tuple[Any, Any]], Tensor]:
+        """Both residuals, stacked at dimension 1; there is no such attribute where a network has none."""
+        first, second = self.conditional.residual, self.unconditional.residual
+        return lambda x, moment: torch.stack([first(x, moment[0]), second(x, moment[1])], 1)
 
     def velocity(self, x: Tensor, moment: tuple[Any, Any], features: Tensor, segment: int) -> Tensor:
         """The guided velocity by one segment's stacks, shape of `x`."""

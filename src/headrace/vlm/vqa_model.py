@@ -12,7 +12,7 @@ from headrace.nn.fingerprint import folder_fingerprint
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.vqa_run import Answerer
 
-_KINDS = (".json", ".safetensors", ".bin", ".model", ".txt")  # files of a model's folder that decide what it answers
+_KINDS = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")  # of a folder, what decides answers
 
 
 def model_name(source: str) -> str:

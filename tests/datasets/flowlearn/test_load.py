@@ -96,6 +96,17 @@ def test_command_generates(tmp_path, capsys):
     assert capsys.readouterr().out.strip().endswith("questions.jsonl")
 
 
+def test_a_label_with_an_apostrophe_is_read(tmp_path):
+    text = "Does this hold? Arrow points from node 'farmer's hut' to node 'beta'."
+    rows = {"1": {"Q": text, "A1": "false", "type": "Flowchart-isFalse-AtoB"}}
+    (tmp_path / "questions.json").write_text(json.dumps({"7": {"key": "7", "qa": rows}}))
+    graph = Graph(nodes=(Node("entity0", "farmer's hut"), Node("entity1", "delta")), edges=())
+    (tmp_path / "predictions").mkdir()
+    row = {"7.jpeg": {"prediction": "", "reference": format_mermaid(graph)}}
+    (tmp_path / "predictions" / "gpt4v_Flowchart-to-Mermaid_2-shot.json").write_text(json.dumps(row))
+    assert [q.label_issue for q in load_questions(tmp_path)] == ["mutated_label"]
+
+
 def test_a_selection_knows_its_faulty_labels_from_released_references(tmp_path):
     rows = {
         "1": {"Q": "Does this hold? Arrow exists between node 'alpha' and node 'beta'.", "A1": "false",

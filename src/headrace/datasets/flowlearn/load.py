@@ -4,6 +4,7 @@ Every reader gives the same `Question` records. Labels that contradict the pictu
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from headrace.datasets.flowlearn.tasks import TASKS, find_task
 from headrace.datasets.flowlearn.write import QUESTIONS_FILE, image_paths
 
 VARIANTS = ("sim-word", "sim-char", "sci")
+_PAIR = re.compile(r"node '(.+)' (?:to|and) node '(.+)'")  # of a statement; a label may hold an apostrophe
 _SUBJECTS = {"Arrow_AtoB": "a_to_b", "Arrow_betweenAB": "between"}
 
 
@@ -128,9 +130,8 @@ def _selection(folder: Path) -> list[Question]:
         for row in entry["qa"].values():
             task, issue = find_task(row["type"]), None
             text = row["Q"].split("? ", 1)[-1] if task.kind == "truth" else ""
-            if graph and task.kind == "truth":
-                a, b = text.split("'")[1::2]
-                issue = label_issue(task.name, a, b, graph)
+            if graph and (pair := _PAIR.search(text)):
+                issue = label_issue(task.name, pair[1], pair[2], graph)
             found.append(_question("sim-word", "test", f"images/{key}.jpeg", task.name, text, row["A1"],
                                    label_issue=issue, meta=meta))  # fmt: skip
     return found
