@@ -53,6 +53,16 @@ def test_the_probe_finds_a_linear_map_and_nothing_in_noise():
     assert linear_probe(rows[:400], noise[:400], rows[400:], noise[400:]).r2 < 0.05
 
 
+def test_a_probe_with_many_columns_on_few_rows_does_not_fit_noise():
+    draw = torch.Generator().manual_seed(0)
+    rows, noise = torch.randn(300, 128, generator=draw), torch.randn(300, 3, generator=draw)
+    assert -0.05 < linear_probe(rows[:200], noise[:200], rows[200:], noise[200:]).r2 < 0.05
+    assert linear_probe(rows[:200], noise[:200], rows[200:], noise[200:], ridge=1e-3).r2 < -0.5
+    actions = rows[:, :3] + noise
+    chosen = linear_probe(rows[:200], actions[:200], rows[200:], actions[200:]).r2
+    assert chosen > linear_probe(rows[:200], actions[:200], rows[200:], actions[200:], ridge=1e-3).r2
+
+
 def test_actions_that_steer_are_told_from_swapped_ones():
     start = torch.full((2, 1, 3, 4, 4), 0.3)
     clip = torch.cat((start, start + torch.tensor([0.2, -0.2]).view(2, 1, 1, 1, 1)), 1)

@@ -43,8 +43,11 @@ class Probe(NamedTuple):
     per_dimension: Tensor
 
 
+_PENALTIES = tuple(10 ** (step / 2) for step in range(-8, 5))  # 1e-4 to 100
+
+
 def linear_probe(
-    rows: Tensor, actions: Tensor, held_out_rows: Tensor, held_out_actions: Tensor, *, ridge: float = 1e-3
+    rows: Tensor, actions: Tensor, held_out_rows: Tensor, held_out_actions: Tensor, *, ridge: float | None = None
 ) -> Probe:
     """Fit actions by a ridge regression on latent rows and score it elsewhere; split by episode, not by frame.
 
@@ -53,7 +56,8 @@ def linear_probe(
         actions: True actions, shape (R, A).
         held_out_rows: Shape (S, F).
         held_out_actions: Shape (S, A).
-        ridge: Penalty as a share of the rows' mean square; above 0.
+        ridge: Penalty as a share of the rows' mean square, above 0. By default the one of 1e-4 to 100 with the least
+            leave-one-out error on the fitted rows, so that many columns on few rows do not fit noise.
 
     Raises:
         ValueError: Shapes do not fit.
@@ -62,14 +66,23 @@ def linear_probe(
     expect_shape("actions", actions, (rows.shape[0], None))
     expect_shape("held_out_rows", held_out_rows, (None, rows.shape[1]))
     expect_shape("held_out_actions", held_out_actions, (held_out_rows.shape[0], actions.shape[1]))
-    if ridge <= 0:
+    if ridge is not None and ridge <= 0:
         raise ValueError(f"ridge must be above 0, got {ridge}")
     x, y = rows.double(), actions.double()
     centre, level = x.mean(0), y.mean(0)
     x, y = x - centre, y - level
-    penalty = ridge * x.square().sum() / x.shape[1] + 1e-12
-    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(gram, x.T @ y)
+    left_side, values, right = torch.linalg.svd(x, full_matrices=False)
+    unit, seen = values.square().sum() / x.shape[1] + 1e-12, left_side.T @ y
+
+    def left_out(share: float) -> float:
+        """Squared error on each row by the map fitted on all others, in closed form."""
+        kept = values.square() / (values.square() + share * unit)
+        leverage = left_side.square() @ kept + 1 / len(x)
+        error = (y - left_side @ (kept[:, None] * seen)) / (1 - leverage)[:, None].clamp_min(1e-9)
+        return float(error.square().sum())
+
+    share = min(_PENALTIES, key=left_out) if ridge is None else ridge
+    weights = right.T @ ((values / (values.square() + share * unit))[:, None] * seen)
     truth = held_out_actions.double()
     residual = truth - level - (held_out_rows.double() - centre) @ weights
     left, total = residual.square().sum(0), (truth - truth.mean(0)).square().sum(0)
