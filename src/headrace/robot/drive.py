@@ -195,7 +195,8 @@ class Thinker:
         self.thinking.append(now - begin)
         self._horizon = len(targets)
         # The first chunk starts when it is there: the arm has stood still meanwhile.
-        self.queue.merge(targets, state.time if self.chunks else time.perf_counter(), time.perf_counter())
+        placed = time.perf_counter()
+        self.queue.merge(targets, state.time if self.chunks else placed, placed)
         self.chunks += 1
 
     def _past(self, state: ArmState) -> tuple[dict[str, np.ndarray], ...]:
