@@ -219,6 +219,11 @@ def test_the_first_chunk_is_executed_from_its_first_row(monkeypatch):
     assert placed[0][0] == placed[0][1]
 
 
+def test_a_policy_of_single_actions_is_named_and_not_called_stalled():
+    report = drive(MockArm(), Wave(seconds=0.0, horizon=1), LIMITS, DriveConfig(seconds=3.0, stall=2.0))
+    assert "chunks of at least 2 rows" in report.reason
+
+
 def test_a_policy_that_looks_back_sees_its_own_control_steps():
     class Clock(MockArm):
         def read(self):
