@@ -243,7 +243,7 @@ def split_continuation(message: Any, dim: int) -> tuple[Any, Continuation | None
         raise WireError(f"continue/prefix: wanted an array of floating-point numbers, got {got}")
     if prefix.ndim != 2 or prefix.shape[1] != dim or len(prefix) > LONGEST_PREFIX:
         raise WireError(f"continue/prefix: wanted (up to {LONGEST_PREFIX} rows, {dim}), got {prefix.shape}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         rows = prefix.astype(np.float32)
     if not np.isfinite(rows).all():
         raise WireError("continue/prefix: wanted finite numbers within float32's range")
@@ -274,7 +274,7 @@ def _camera(key: str, value: np.ndarray) -> np.ndarray:
 
 def _state(key: str, value: Any) -> np.ndarray:
     try:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             state = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise WireError(f"{key}: wanted a vector of numbers, got {type(value).__name__}") from error
