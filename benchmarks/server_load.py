@@ -5,6 +5,7 @@
 Each client is a thread that sends a 224 x 224 picture and a state, waits for its chunk and sends the next.
 The policy is a transformer on the CPU (`--policy torch`) or a clock whose call costs
 `--call` + `--each` * batch seconds (`--policy clock`), which is what a GPU policy looks like from outside.
+Fuzzed messages and a long steady load: `server_abuse.py`.
 """
 
 import argparse
@@ -118,13 +119,9 @@ def main() -> None:
     parser.add_argument("--policy", choices=("clock", "torch"), default="clock")
     parser.add_argument("--call", type=float, default=0.05)
     parser.add_argument("--each", type=float, default=0.002)
-    parser.add_argument("--soak", action="store_true", help="batched only: is memory flat over --seconds?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     policy = Network() if args.policy == "torch" else Clock(args.call, args.each)
-    if args.soak:
-        print(json.dumps(measure(policy, args.clients, args.seconds, max_batch=16), indent=1))
-        return
     one = measure(policy, args.clients, args.seconds, max_batch=1)
     many = measure(policy, args.clients, args.seconds, max_batch=16)
     result = {

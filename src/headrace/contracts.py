@@ -1,7 +1,7 @@
 """What a policy and an environment promise each other. numpy only, so either side runs without the other's packages."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 
@@ -225,6 +225,19 @@ class Policy(Protocol):
         """Actions for each observation; `slots[i]` says which running episode `observations[i]` belongs to."""
 
 
+@runtime_checkable
+class PrefixPolicy(Protocol):
+    """A policy that can continue a chunk which is already being executed (real-time chunking proper).
+
+    One that has the method and yet cannot, such as for a server that does not offer it, says `continues = False`.
+    """
+
+    def act_after(
+        self, observations: list[Observation], slots: list[int], *, prefix: np.ndarray, delay: int
+    ) -> ActionChunk:
+        """Actions that continue `prefix`, shape (B, P, A) or (P, A), of which `delay` rows are executed in any case."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Versions:
     """Versions that a result was made with, by package name."""
@@ -240,3 +253,8 @@ def look_back(policy: Any) -> int:
 def needs_of(policy: Any) -> Needs:
     """What a policy must be shown; anything, for one that does not say."""
     return getattr(policy, "needs", Needs())
+
+
+def can_continue(policy: Any) -> TypeGuard[PrefixPolicy]:
+    """Whether a policy can be told what is being executed meanwhile, by `act_after`."""
+    return isinstance(policy, PrefixPolicy) and bool(getattr(policy, "continues", True))

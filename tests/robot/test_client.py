@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve
 
-from headrace.contracts import ActionSpec, Observation, Policy
+from headrace.contracts import ActionSpec, Observation, Policy, SpecMismatch
 from headrace.robot.client import ConnectionLost, RemotePolicy, ServerRefused, ServerUnreachable
-from headrace.robot.wire import pack
+from headrace.robot.wire import WireError, pack, unpack
 
 SPEC = ActionSpec(names=("x", "y"), frame="joint", rotation="none", gripper="none", rate=30.0)
 LOOK = Observation(images={}, state=np.zeros(2, np.float32))
@@ -139,3 +139,67 @@ def test_answers_that_must_not_reach_a_robot_are_refused(serving, answer, why):
     policy.reset(0, seed=0)
     with pytest.raises(ServerRefused, match=why):
         policy.act([LOOK], [0])
+
+
+def test_an_observation_that_cannot_be_sent_leaves_no_answer_for_the_next_question(serving):
+    """Of two observations the second cannot be packed; the answer to the first would be taken for a later one's."""
+    policy = RemotePolicy(serving(HELLO, *(pack({"actions": np.full((1, 2), n)}) for n in (1.0, 2.0))))
+    for slot in (0, 1):
+        policy.reset(slot, seed=slot)
+    bad = Observation(images={"cam": np.zeros((8, 8, 3), complex)}, state=np.zeros(2, np.float32))
+    with pytest.raises(WireError, match="complex"):
+        policy.act([LOOK, bad], [0, 1])
+    policy.act([LOOK], [0])
+    assert policy.act([LOOK], [0]).actions[0, 0, 0] == 2.0
+
+
+def test_a_refused_first_observation_does_not_lose_the_start_of_the_episode():
+    starts = []
+
+    def handler(connection):
+        connection.send(HELLO)
+        for answer in ("no", pack({"actions": np.zeros((1, 2))}), pack({"actions": np.zeros((1, 2))})):
+            starts.append(unpack(connection.recv()).get("start"))
+            connection.send(answer)
+
+    server = serve(handler, "127.0.0.1", 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    policy = RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+    policy.reset(0, seed=5)
+    with pytest.raises(ServerRefused):
+        policy.act([LOOK], [0])
+    for _ in range(2):
+        policy.act([LOOK], [0])
+    assert starts == [5, 5, None]
+    server.shutdown()
+
+
+def test_ctrl_c_while_waiting_ends_the_connection(serving, monkeypatch):
+    policy = RemotePolicy(serving(HELLO, pack({"actions": np.zeros((1, 2))})))
+    policy.reset(0, seed=0)
+
+    def interrupted(timeout):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy._connection, "recv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        policy.act([LOOK], [0])
+    with pytest.raises(ConnectionLost):
+        policy.act([LOOK], [0])
+
+
+@pytest.mark.parametrize("told", [{"action_spec": 3}, {"action_spec": {"names": ("x",)}}, {"action_spec": {"no": 1}}])
+def test_an_action_convention_that_is_none_is_named(serving, told):
+    with pytest.raises(ValueError, match="no valid action convention"):
+        RemotePolicy(serving(pack(told)))
+
+
+def test_a_server_that_comes_back_with_another_policy_is_refused_every_time(serving):
+    policy = RemotePolicy(serving(pack({"action_spec": SPEC.to_dict(), "checkpoint": "a"}), None))
+    policy.reset(0, seed=0)
+    with pytest.raises(ConnectionLost):
+        policy.act([LOOK], [0])
+    policy.url = serving(pack({"action_spec": SPEC.to_dict(), "checkpoint": "b"}))
+    for _ in range(2):
+        with pytest.raises(SpecMismatch, match="differs in checkpoint"):
+            policy.reset(0, seed=1)

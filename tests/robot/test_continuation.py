@@ -1,13 +1,16 @@
 """Real-time chunking: the published guidance, and chunks that go on where the old one is."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from headrace.contracts import ActionSpec, Observation
+from headrace.contracts import ActionSpec, Observation, can_continue
 from headrace.flow.solver import SolverSettings
+from headrace.robot.client import RemotePolicy
 from headrace.robot.continuation import continuing, guidance_factor, prefix_weights, sample_after
-from headrace.robot.drive import PrefixPolicy
 from headrace.robot.policy import FlowPolicy
+from headrace.robot.server import ServerConfig, background
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
 
@@ -59,9 +62,39 @@ def test_a_chunk_continues_the_old_one_and_without_an_old_one_nothing_changes():
 
 def test_the_policy_serves_the_drive_loop():
     policy = FlowPolicy(network(), device="cpu")
-    assert isinstance(policy, PrefixPolicy)
+    assert can_continue(policy)
     policy.reset(0, seed=5)
     look = Observation(images={"base_camera": np.zeros((64, 64, 3), np.uint8)}, state=np.zeros(0, np.float32))
     prefix = np.full((3, 2), 1.5, np.float32)
     chunk = policy.act_after([look], [0], prefix=prefix, delay=1)
     assert chunk.actions.shape == (1, 4, 2) and abs(chunk.actions[0, 0] - 1.5).max() < 0.3
+
+
+def test_a_served_policy_continues_a_chunk_as_the_local_one_does():
+    local, random = FlowPolicy(network(), device="cpu"), np.random.default_rng(0)
+    looks = [
+        Observation(
+            images={"base_camera": random.integers(0, 255, (64, 64, 3), dtype=np.uint8)}, state=np.zeros(0, np.float32)
+        )
+        for _ in range(2)
+    ]
+    prefix = random.normal(size=(2, 3, 2)).astype(np.float32)
+    with background(FlowPolicy(network(), device="cpu"), ServerConfig(port=0)) as server:
+        remote = RemotePolicy(f"ws://127.0.0.1:{server.port}")
+        assert can_continue(remote)
+        for policy in (local, remote):
+            for slot in (0, 1):
+                policy.reset(slot, seed=7 + slot)
+        for delay in (0, 2):
+            wanted = local.act_after(looks, [0, 1], prefix=prefix, delay=delay).actions
+            got = remote.act_after(looks, [0, 1], prefix=prefix, delay=delay).actions
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+        free = remote.act(looks, [0, 1]).actions
+        np.testing.assert_allclose(free, local.act(looks, [0, 1]).actions, atol=1e-5)
+        remote.close()
+
+
+def test_a_policy_with_held_features_says_that_it_cannot_continue():
+    policy = FlowPolicy(network(), device="cpu")
+    policy.model.decoder.config = replace(policy.model.decoder.config, segments=2, features="hold")
+    assert not can_continue(policy)

@@ -207,6 +207,23 @@ def test_a_policy_that_can_continue_is_given_what_will_be_executed(monkeypatch):
     assert set(placed[1:]) <= set(asked)  # row k of the prefix and of the answer are meant for the same moment
 
 
+def test_the_first_chunk_is_executed_from_its_first_row(monkeypatch):
+    placed = []
+
+    def merge(self, targets, start, now, original=ActionQueue.merge):
+        placed.append((start, now))
+        original(self, targets, start, now)
+
+    monkeypatch.setattr(ActionQueue, "merge", merge)
+    drive(MockArm(), Wave(), LIMITS, DriveConfig(seconds=0.5))
+    assert placed[0][0] == placed[0][1]
+
+
+def test_a_policy_of_single_actions_is_named_and_not_called_stalled():
+    report = drive(MockArm(), Wave(seconds=0.0, horizon=1), LIMITS, DriveConfig(seconds=3.0, stall=2.0))
+    assert "chunks of at least 2 rows" in report.reason
+
+
 def test_a_policy_that_looks_back_sees_its_own_control_steps():
     class Clock(MockArm):
         def read(self):

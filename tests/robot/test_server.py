@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import socket
 import struct
 import threading
@@ -14,7 +15,8 @@ import pytest
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import connect
 
-from headrace.contracts import ActionChunk, ActionSpec, Needs, Observation
+from headrace.contracts import ActionChunk, ActionSpec, Needs, Observation, can_continue
+from headrace.robot.batching import Batcher
 from headrace.robot.client import RemotePolicy, ServerRefused
 from headrace.robot.server import ServerConfig, _Pending, background
 from headrace.robot.wire import Limits, pack, unpack
@@ -50,6 +52,25 @@ class Echo:
 
 def observation(value: float, instruction: str = "") -> Observation:
     return Observation(images={"cam": PICTURE}, state=np.array([value], np.float32), instruction=instruction)
+
+
+class Primed(Echo):
+    """Answers in the second number with the mean of the chunk it continues, in the third with the delay."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        super().__init__(seconds)
+        self.calls = []
+
+    def act(self, observations, slots):
+        self.calls.append((len(slots), None, None))
+        return super().act(observations, slots)
+
+    def act_after(self, observations, slots, *, prefix, delay):
+        self.calls.append((len(slots), prefix.shape[1], delay))
+        chunk = super().act(observations, slots)
+        chunk.actions[..., 1] = prefix.mean((1, 2))[:, None]
+        chunk.actions[..., 2] = delay
+        return chunk
 
 
 @pytest.fixture
@@ -185,6 +206,135 @@ def test_an_observation_that_lacks_what_the_policy_needs_never_reaches_it():
                 bad.act([wrong], [0])
         assert policy.batches == [] and good.act([observation(3.0)], [0]).actions[0, 0, 1] == 1
         bad.act([observation(3.0)], [0])
+
+
+def test_a_chunk_being_executed_goes_over_the_wire():
+    with background(Primed(), ServerConfig(port=0)) as server:
+        client = RemotePolicy(f"ws://127.0.0.1:{server.port}")
+        assert client.continues and can_continue(client)
+        for slot in (0, 1):
+            client.reset(slot, seed=slot)
+        looks, prefix = [observation(1.0), observation(2.0)], np.stack([np.full((5, 3), 7.0), np.full((5, 3), 8.0)])
+        both = client.act_after(looks, [0, 1], prefix=prefix, delay=2).actions
+        np.testing.assert_array_equal(both[:, 0], [[1, 7, 2], [2, 8, 2]])
+        shared = client.act_after(looks, [0, 1], prefix=prefix[0], delay=0).actions
+        np.testing.assert_array_equal(shared[:, 0], [[1, 7, 0], [2, 7, 0]])
+        with pytest.raises(ValueError, match=r"\(P, 3\) or \(2, P, 3\), got \(5, 2\)"):
+            client.act_after(looks, [0, 1], prefix=np.zeros((5, 2)), delay=0)
+        np.testing.assert_array_equal(client.act(looks, [0, 1]).actions[:, 0], [[1, 3, 1], [2, 3, 1]])
+
+
+def test_primed_and_unprimed_observations_do_not_share_a_call_and_keep_their_order():
+    policy = Primed(seconds=0.05)
+    with background(policy, ServerConfig(port=0, wait=0.3)) as server:
+        with connect(f"ws://127.0.0.1:{server.port}", compression=None) as client:
+            client.recv()
+            wanted = []
+            for slot in range(8):
+                message = {"state": np.full(1, float(slot)), "slot": slot}
+                if slot % 4:
+                    rows, delay = 2 + (slot % 4 == 3), slot % 4 % 3
+                    message["continue"] = {"prefix": np.full((rows, 3), slot, np.float32), "delay": delay}
+                wanted.append([slot, slot, delay] if slot % 4 else [slot, 1, 1])
+                client.send(pack(message))
+            got = [unpack(client.recv(timeout=5))["actions"][0].tolist() for _ in range(8)]
+        assert got == wanted
+    kinds = {(rows, delay) for _, rows, delay in policy.calls}
+    assert kinds == {(None, None), (2, 1), (2, 2), (3, 0)} and len(policy.calls) < 8
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (3, "a map of prefix"),
+        ({"prefix": np.zeros((2, 3))}, "a map of prefix"),
+        ({"prefix": np.zeros((2, 3)), "delay": -1}, "0..1024, got -1"),
+        ({"prefix": np.zeros((2, 3)), "delay": True}, "whole number"),
+        ({"prefix": np.zeros((2, 3)), "delay": 1.0}, "whole number"),
+        ({"prefix": np.zeros((2, 4)), "delay": 0}, r"3\), got \(2, 4\)"),
+        ({"prefix": np.zeros(3), "delay": 0}, r"got \(3,\)"),
+        ({"prefix": np.zeros((1025, 3)), "delay": 0}, r"got \(1025, 3\)"),
+        ({"prefix": np.zeros((2, 3), np.int32), "delay": 0}, "floating-point numbers, got int32"),
+        ({"prefix": [[0.0, 0.0, 0.0]], "delay": 0}, "floating-point numbers, got list"),
+        ({"prefix": np.full((2, 3), np.nan), "delay": 0}, "finite"),
+        ({"prefix": np.full((2, 3), 1e300), "delay": 0}, "finite"),
+    ],
+)
+def test_a_malformed_prefix_is_refused_to_its_client_alone(told, why):
+    policy = Primed()
+    with background(policy, ServerConfig(port=0)) as server:
+        url = f"ws://127.0.0.1:{server.port}"
+        with connect(url, compression=None) as bad:
+            bad.recv()
+            bad.send(pack({"state": np.ones(1), "continue": told}))
+            answer = bad.recv(timeout=5)
+            assert isinstance(answer, str) and re.search(why, answer) and policy.calls == []
+            assert still_serves(url)
+            bad.send(pack({"state": np.ones(1)}))
+            assert unpack(bad.recv(timeout=5))["actions"].shape == (4, 3)
+
+
+def test_a_policy_that_cannot_continue_a_chunk_says_so(served):
+    policy, server, url = served
+    client = RemotePolicy(url)
+    client.reset(0, seed=0)
+    assert not can_continue(client) and server.metadata()["continues"] is False
+    with pytest.raises(ServerRefused, match="cannot continue a chunk"):
+        client.act_after([observation(1.0)], [0], prefix=np.zeros((2, 3)), delay=0)
+    client.metadata["continues"] = True  # a client that does not care
+    with pytest.raises(ServerRefused, match="ask without `continue`"):
+        client.act_after([observation(1.0)], [0], prefix=np.zeros((2, 3)), delay=0)
+    assert policy.batches == [] and client.act([observation(1.0)], [0]).actions.shape == (1, 4, 3)
+
+
+def test_a_sequence_number_that_cannot_be_sent_back_is_refused_and_the_connection_goes_on(served):
+    good = pack({"type": "observation", "payload": {"state": np.ones(1)}, "seq": 7})
+    deep = b"\x91" * 800 + b"\x90"  # more than msgpack writes, less than it reads
+    with connect(served[2], compression=None) as client:
+        client.recv()
+        client.send(good.replace(b"seq\x07", b"seq" + deep))
+        assert "whole number" in client.recv(timeout=5)
+        client.send(good)
+        assert unpack(client.recv(timeout=5))["type"] == "action"
+
+
+@pytest.mark.parametrize("chunk", [None, ActionChunk("nonsense", 0.0), ActionChunk(np.zeros((1, 0, 3)), 0.0)])
+def test_whatever_a_policy_answers_the_server_goes_on(served, chunk):
+    policy, _, url = served
+    policy.act = lambda observations, slots: chunk
+    client = RemotePolicy(url, timeout=5)
+    client.reset(0, seed=0)
+    with pytest.raises(ServerRefused, match="policy failed"):
+        client.act([observation(1.0)], [0])
+    del policy.act
+    assert still_serves(url)
+
+
+def test_an_observation_whose_client_went_during_a_failed_call_is_not_tried_again():
+    async def play():
+        policy, waits = Echo(), threading.Event()
+
+        def act(observations, slots, original=policy.act):
+            if len(slots) > 1:
+                waits.wait(5)
+                raise ValueError("one of them is bad")
+            return original(observations, slots)
+
+        policy.act = act
+        batcher = Batcher(policy, wait=0.05)
+        worker = asyncio.create_task(batcher.run())
+        for slot in (0, 1):
+            await batcher.reset(slot, 0)
+        gone, stays = (asyncio.create_task(batcher.act(observation(1.0), slot)) for slot in (0, 1))
+        await asyncio.sleep(0.2)
+        gone.cancel()
+        await asyncio.sleep(0)
+        waits.set()
+        await stays
+        worker.cancel()
+        return policy.steps
+
+    assert asyncio.run(play()) == {0: 0, 1: 1}  # slot 0 may be another client's by then
 
 
 def test_messages_beyond_what_may_wait_are_not_read_until_others_are_answered():

@@ -3,6 +3,8 @@ from importlib import import_module
 
 import pytest
 
+from headrace.cli.tasks import tasks
+from headrace.sim.simpler import GOOGLE_ROBOT
 from headrace.sim.tasks import GROUPS, Task, find_task, find_tasks, known_tasks, require_ready, words_of
 
 
@@ -28,6 +30,13 @@ def test_unknown_tasks_name_a_near_match():
 def test_a_task_that_cannot_be_run_here_says_what_is_missing():
     with pytest.raises(ValueError, match=r"simpler/pick-coke-can cannot be run here: .*google_pick_coke_can"):
         find_task("simpler/pick-coke-can")
+
+
+def test_the_list_names_the_google_robots_tasks_with_what_is_missing(capsys):
+    assert tasks() == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert len(GOOGLE_ROBOT) == 5 and all(lacks in lines[name] for name, lacks in GOOGLE_ROBOT.items())
+    assert "needs the robot's planner controller" in lines["simpler/open-drawer"]
 
 
 def test_lists_and_groups_give_each_task_once():

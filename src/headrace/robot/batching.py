@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headrace.contracts import Observation, Policy
+from headrace.contracts import Observation, Policy, can_continue
+from headrace.robot.wire import Continuation
 
 
 class PolicyFailed(RuntimeError):
@@ -35,16 +36,23 @@ class Answer(NamedTuple):
 class _Waiting(NamedTuple):
     observation: Observation
     slot: int
+    after: Continuation | None
     since: float
     answer: asyncio.Future
+
+    @property
+    def kind(self) -> tuple[int, int] | None:
+        """What must be equal within a call: rows of the prefix and delay; None without a chunk to continue."""
+        return None if self.after is None else (len(self.after.prefix), self.after.delay)
 
 
 class Batcher:
     """Runs a policy in one thread, on as many waiting observations as there are.
 
     A call starts at once when every client that is known to be active has an observation waiting, and otherwise
-    `wait` seconds after the first one. A slot is at most once in a call. When a shared call fails, its observations are
-    tried one by one, so that a client with a bad one does not fail the others.
+    `wait` seconds after the first one. A slot is at most once in a call. Observations that continue a chunk share a
+    call only with those whose chunk has as many rows left and the same delay, since a call has one of either. When a
+    shared call fails, its observations are tried one by one, so that a client with a bad one does not fail the others.
 
     Args:
         policy: Called from one thread only.
@@ -73,14 +81,14 @@ class Batcher:
         except Exception as error:
             raise PolicyFailed(f"reset: {type(error).__name__}: {error}") from error
 
-    async def act(self, observation: Observation, slot: int) -> Answer:
-        """Actions for one observation.
+    async def act(self, observation: Observation, slot: int, after: Continuation | None = None) -> Answer:
+        """Actions for one observation, continuing a chunk that is being executed where there is one.
 
         Raises:
             PolicyFailed: The policy raised on it, or its actions have a wrong shape or are not finite.
         """
         answer = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(observation, slot, time.perf_counter(), answer))
+        self._waiting.append(_Waiting(observation, slot, after, time.perf_counter(), answer))
         self._arrived.set()
         return await answer
 
@@ -123,8 +131,9 @@ class Batcher:
             one = self._waiting.popleft()
             if one.answer.done():  # its client is gone
                 continue
-            (later if one.slot in slots else batch).append(one)
-            slots.add(one.slot)
+            fits = not batch or one.kind == batch[0].kind
+            (batch if fits and one.slot not in slots else later).append(one)
+            slots.add(one.slot)  # what comes later in a slot may not overtake
         self._waiting.extendleft(reversed(later))
         return batch
 
@@ -134,7 +143,8 @@ class Batcher:
         except PolicyFailed as error:
             if len(batch) > 1:
                 for one in batch:
-                    await self._answer([one])
+                    if not one.answer.done():  # its client may be gone, and its slot another's
+                        await self._answer([one])
             elif not batch[0].answer.done():
                 batch[0].answer.set_exception(error)
             return
@@ -149,18 +159,27 @@ class Batcher:
     async def _call(self, batch: list[_Waiting]) -> list[Answer]:
         start = time.perf_counter()
         try:
-            chunk = await self._in_thread(
-                self.policy.act, [one.observation for one in batch], [one.slot for one in batch]
-            )
+            actions = await self._in_thread(self._actions, batch)
         except Exception as error:
             raise PolicyFailed(f"{type(error).__name__}: {error}") from error
         spent = (time.perf_counter() - start) * 1e3
-        actions = np.asarray(chunk.actions, dtype=np.float32)
-        if actions.ndim != 3 or actions.shape[0] != len(batch) or actions.shape[2] != self.policy.spec.dim:
+        if actions.ndim != 3 or 0 in actions.shape or actions.shape[::2] != (len(batch), self.policy.spec.dim):
             wanted = f"({len(batch)}, H, {self.policy.spec.dim})"
             raise PolicyFailed(f"the policy answered with shape {actions.shape}, wanted {wanted}")
         waited = [(start - one.since) * 1e3 for one in batch]
         return [Answer(a, spent, w, len(batch)) for a, w in zip(actions, waited, strict=True)]
+
+    def _actions(self, batch: list[_Waiting]) -> np.ndarray:
+        """What the policy answers, float32 and not checked."""
+        observations, slots = [one.observation for one in batch], [one.slot for one in batch]
+        prefixes = [one.after.prefix for one in batch if one.after is not None]
+        if not prefixes:
+            chunk = self.policy.act(observations, slots)
+        elif can_continue(self.policy) and batch[0].after is not None:
+            chunk = self.policy.act_after(observations, slots, prefix=np.stack(prefixes), delay=batch[0].after.delay)
+        else:
+            raise ValueError("the policy cannot continue a chunk")
+        return np.asarray(chunk.actions, dtype=np.float32)
 
     async def _in_thread(self, function, *arguments):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

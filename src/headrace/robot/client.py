@@ -7,7 +7,7 @@ import numpy as np
 from websockets.exceptions import InvalidHandshake, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Needs, Observation
+from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Needs, Observation, SpecMismatch
 from headrace.robot.wire import Limits, WireError, pack, unpack
 
 
@@ -64,8 +64,13 @@ class RemotePolicy:
         self._connect()
         told = self.metadata.get("action_spec")
         if spec is None and told is None:
+            self.close()
             raise ValueError(f"{url} does not tell its action convention; pass spec=ActionSpec(...)")
-        self.spec = spec if spec is not None else ActionSpec.from_dict(dict(self.metadata["action_spec"]))
+        try:
+            self.spec = spec if spec is not None else ActionSpec.from_dict(dict(told))
+        except (TypeError, ValueError) as error:
+            self.close()
+            raise ValueError(f"{url} tells no valid action convention: {error}") from error
 
     @property
     def look_back(self) -> int:
@@ -79,31 +84,40 @@ class RemotePolicy:
         told = self.metadata.get("needs")
         return Needs.from_dict(told) if isinstance(told, dict) else Needs()
 
+    @property
+    def continues(self) -> bool:
+        """Whether the server's policy can continue a chunk that is being executed, as `act_after` asks it to."""
+        return self.metadata.get("continues") is True
+
     def _connect(self) -> None:
         headers = {"Authorization": f"Api-Key {self._token}"} if self._token else None
+        connection: ClientConnection | None = None
         try:
-            self._connection = connect(
+            connection = connect(
                 self.url,
                 compression=None,
                 max_size=self._limits.message_bytes,
                 additional_headers=headers,
                 open_timeout=self.timeout,
                 ping_timeout=None,  # a policy may think for longer than a ping waits
-            )
-            greeting = unpack(self._connection.recv(timeout=self.timeout, decode=False), self._limits)
+            ).__enter__()  # websockets after 17 gives the connection itself only so
+            greeting = unpack(connection.recv(timeout=self.timeout, decode=False), self._limits)
+            if not isinstance(greeting, dict):
+                raise WireError(f"it greets with {type(greeting).__name__}, not with a policy's metadata")
         except InvalidHandshake as error:
             raise ServerUnreachable(f"{self.url} turned us away: {error}; is the token right?") from error
         except (OSError, TimeoutError, WebSocketException, WireError, TypeError) as error:
+            if connection is not None:
+                connection.close()
             raise ServerUnreachable(f"no policy server at {self.url}: {type(error).__name__}: {error}") from error
-        if not isinstance(greeting, dict):
-            raise ServerUnreachable(f"{self.url} greets with {type(greeting).__name__}, not with a policy's metadata")
-        self.metadata = greeting
+        self._connection, self.metadata = connection, greeting
 
     def reset(self, slot: int, *, seed: int) -> None:
         """The next observation of `slot` starts an episode; connects again after a lost connection.
 
         Raises:
             ServerUnreachable: The server did not come back within `patience`.
+            SpecMismatch: It came back with another policy.
         """
         if self._connection is None:
             self._reconnect()
@@ -111,14 +125,24 @@ class RemotePolicy:
         self._starts[slot] = seed
 
     def _reconnect(self) -> None:
-        end = time.monotonic() + self.patience
+        end, before = time.monotonic() + self.patience, self.metadata
         while True:
             try:
-                return self._connect()
+                self._connect()
+                break
             except ServerUnreachable:
                 if time.monotonic() >= end:
                     raise
                 time.sleep(min(1.0, self.patience))
+        fixed = ("action_spec", "needs", "look_back", "checkpoint")
+        other = [key for key in fixed if self.metadata.get(key) != before.get(key)]
+        if other:
+            self.close()
+            self.metadata = before
+            raise SpecMismatch(
+                f"{self.url} came back with another policy: it differs in {', '.join(other)}. Serve the old one again, "
+                "or start anew"
+            )
 
     def act(self, observations: list[Observation], slots: list[int]) -> ActionChunk:
         """Actions for each observation.
@@ -127,23 +151,58 @@ class RemotePolicy:
             ConnectionLost: The server went away, or did not answer in time, now or since these episodes began.
             ServerRefused: It answered with an error.
         """
+        return self._ask(observations, slots, [{}] * len(slots))
+
+    def act_after(
+        self, observations: list[Observation], slots: list[int], *, prefix: np.ndarray, delay: int
+    ) -> ActionChunk:
+        """Chunks that continue `prefix`, (B, P, A) or (P, A), of which `delay` rows are executed in any case.
+
+        Raises:
+            ConnectionLost: As `act`.
+            ServerRefused: As `act`, or the server's policy cannot continue a chunk.
+            ValueError: The prefix has another shape.
+        """
+        if not self.continues:
+            raise ServerRefused(f"{self.url} serves a policy that cannot continue a chunk being executed; use act")
+        rows = np.asarray(prefix, np.float32)
+        if rows.ndim not in (2, 3) or rows.shape[-1] != self.spec.dim or (rows.ndim == 3 and len(rows) != len(slots)):
+            wanted = f"(P, {self.spec.dim}) or ({len(slots)}, P, {self.spec.dim})"
+            raise ValueError(f"the rows being executed must have shape {wanted}, got {rows.shape}")
+        rows = np.broadcast_to(rows, (len(slots), *rows.shape[-2:]))
+        return self._ask(observations, slots, [{"continue": {"prefix": one, "delay": int(delay)}} for one in rows])
+
+    def _ask(self, observations: list[Observation], slots: list[int], more: list[dict[str, Any]]) -> ActionChunk:
+        """Send each observation with `more` entries, and await the answers."""
         lost = frozenset(slots if self._connection is None else self._lost & set(slots))
         if lost or self._connection is None:
             raise ConnectionLost(f"the connection to {self.url} was lost in this episode; call reset first", lost)
         start = time.perf_counter()
+        messages = [  # all before the first is sent: of one that cannot be packed no answer may be on its way
+            pack(self._message(observation, slot) | entries)
+            for observation, slot, entries in zip(observations, slots, more, strict=True)
+        ]
         self._running.update(slots)
         try:
-            for observation, slot in zip(observations, slots, strict=True):
-                self._connection.send(pack(self._message(observation, slot)))
+            for message in messages:
+                self._connection.send(message)
             answers = [self._connection.recv(timeout=self.timeout) for _ in slots]
         except (OSError, TimeoutError, WebSocketException) as error:
-            self.close()
-            self._lost |= self._running
-            self._running.clear()
+            self._lose()
             text = f"lost {self.url} during an episode: {type(error).__name__}: {error}"
             raise ConnectionLost(text, frozenset(slots)) from error
+        except BaseException:  # Ctrl-C: an answer left unread would be taken for that of the next question
+            self._lose()
+            raise
         actions = np.stack([self._actions(answer) for answer in answers])
+        for slot in slots:
+            self._starts.pop(slot, None)
         return ActionChunk(actions, (time.perf_counter() - start) * 1e3)
+
+    def _lose(self) -> None:
+        self.close()
+        self._lost |= self._running
+        self._running.clear()
 
     def _message(self, observation: Observation, slot: int) -> dict[str, Any]:
         message = {
@@ -156,7 +215,7 @@ class RemotePolicy:
         if observation.past:
             message["past"] = {str(step): images for step, images in enumerate(observation.past, 1)}
         if slot in self._starts:
-            message["start"] = self._starts.pop(slot)
+            message["start"] = self._starts[slot]
         return message
 
     def _actions(self, answer: bytes | str) -> np.ndarray:

@@ -9,27 +9,17 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
-from headrace.contracts import ActionChunk, Observation, Policy, look_back, needs_of
+from headrace.contracts import Observation, Policy, can_continue, look_back, needs_of
 from headrace.robot.action_queue import ActionQueue
 from headrace.robot.arm import Arm, ArmFault, ArmState
 from headrace.robot.safety import SafetyFilter, SafetyLimits
 from headrace.robot.targets import ArmGeometry, joint_targets, require_arm_fits, require_arm_shows
 
 log = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class PrefixPolicy(Protocol):
-    """A policy in joint targets that can continue a chunk already being executed (real-time chunking proper)."""
-
-    def act_after(
-        self, observations: list[Observation], slots: list[int], *, prefix: np.ndarray, delay: int
-    ) -> ActionChunk:
-        """Actions that continue `prefix`, shape (n, A), of which `delay` rows will be executed in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +171,7 @@ class Thinker:
             instruction=self.config.instruction,
             past=self._past(state),
         )
-        if self.chunks and self.policy.spec.frame == "joint" and isinstance(self.policy, PrefixPolicy):
+        if self.chunks and self.policy.spec.frame == "joint" and can_continue(self.policy):
             # Rows count from the reading, which is where the answer is placed; it has an age by now.
             delay = int(np.ceil((begin - state.time + self._slowest()) / self.queue.period))
             chunk = self.policy.act_after([observation], [0], prefix=self.queue.leftover(state.time), delay=delay)
@@ -191,11 +181,14 @@ class Thinker:
         actions = np.asarray(chunk.actions[0])
         if not np.isfinite(actions).all():
             raise ArmFault("the policy answered with numbers that are not finite")
+        if len(actions) < 2:  # over before the arm has moved
+            raise ArmFault(f"driving needs chunks of at least 2 rows, the policy answered with {len(actions)}")
         targets = joint_targets(actions, self.policy.spec, commanded, self.geometry)
         self.thinking.append(now - begin)
         self._horizon = len(targets)
         # The first chunk starts when it is there: the arm has stood still meanwhile.
-        self.queue.merge(targets, state.time if self.chunks else time.perf_counter(), time.perf_counter())
+        placed = time.perf_counter()
+        self.queue.merge(targets, state.time if self.chunks else placed, placed)
         self.chunks += 1
 
     def _past(self, state: ArmState) -> tuple[dict[str, np.ndarray], ...]:

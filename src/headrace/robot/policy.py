@@ -204,6 +204,11 @@ class FlowPolicy(NetworkPolicy):
         """
         return self._chunk(observations, slots, lambda inputs, noise: self.model.sample(inputs, noise, self.solver))
 
+    @property
+    def continues(self) -> bool:
+        """Whether `act_after` works: held features have no gradient to continue a chunk by."""
+        return self.model.decoder.config.features != "hold"
+
     def act_after(
         self, observations: list[Observation], slots: list[int], *, prefix: np.ndarray, delay: int
     ) -> ActionChunk:

@@ -24,10 +24,10 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from headrace.contracts import Policy, SpecMismatch, look_back, needs_of
+from headrace.contracts import Policy, SpecMismatch, can_continue, look_back, needs_of
 from headrace.robot.batching import Answer, Batcher, PolicyFailed
 from headrace.robot.server_metrics import ServerMetrics
-from headrace.robot.wire import Limits, WireError, observation_from, pack, unpack
+from headrace.robot.wire import Continuation, Limits, WireError, observation_from, pack, split_continuation, unpack
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +146,7 @@ class PolicyServer:
             "action_spec": spec,
             "look_back": look_back(self.policy),
             "needs": needs_of(self.policy).to_dict(),
+            "continues": can_continue(self.policy),
             "max_slots": self.config.max_slots,
             "type": "hello",
             "payload": {"harness_version": "headrace", "protocol_version": 1, "model_server": self.config.name},
@@ -175,6 +176,9 @@ class PolicyServer:
         return kind in ("Api-Key", "Bearer") and hmac.compare_digest(given.encode(), self.config.token.encode())
 
     async def _connected(self, connection: ServerConnection) -> None:
+        if self.metrics.clients >= self.config.max_clients:  # several can have passed `_http` at the same time
+            await connection.close(1013, "too many clients")
+            return
         self.metrics.clients += 1
         session = _Session(self)
         answers: asyncio.Queue[asyncio.Task] = asyncio.Queue(self.config.max_slots)
@@ -218,6 +222,11 @@ class PolicyServer:
                 connection.transport.abort()
                 gone = True
             except ConnectionClosed:
+                gone = True
+            except Exception:
+                self.metrics.failed("internal")
+                log.exception("an answer was lost; its client is cut off")
+                connection.transport.abort()
                 gone = True
 
 
@@ -266,9 +275,12 @@ class _Session:
                 raise WireError("observations are binary messages (msgpack), got text")
             content = unpack(message, self.server.config.limits)
             if isinstance(content, dict) and {"type", "payload", "seq"} <= set(content):
+                if not isinstance(content["seq"], int):  # it is sent back, so it must be something that can be
+                    raise WireError(f"seq must be a whole number, got {type(content['seq']).__name__}")
                 harness = content
                 return await self._harness(content, start)
-            return pack(self._reply(await self._infer(content, content), start))
+            content, after = self._continuation(content)
+            return pack(self._reply(await self._infer(content, content, after), start))
         except WireError as error:
             self.bad += 1
             metrics.failed("malformed")
@@ -282,7 +294,14 @@ class _Session:
             log.exception("answering a message failed")
             return _refusal(harness, "the server failed on this message; its log says why")
 
-    async def _infer(self, content: Any, control: Any) -> Answer:
+    def _continuation(self, content: Any) -> tuple[Any, Continuation | None]:
+        """An openpi message without what it says about the chunk being executed, and that."""
+        policy = self.server.policy
+        if isinstance(content, dict) and "continue" in content and not can_continue(policy):
+            raise PolicyFailed("it cannot continue a chunk that is being executed; ask without `continue`")
+        return split_continuation(content, policy.spec.dim)
+
+    async def _infer(self, content: Any, control: Any, after: Continuation | None = None) -> Answer:
         """Answer an observation; `control` may name its `slot` and say that an episode `start`s with a seed."""
         observation = observation_from(content)
         given, start = control.get("slot", 0), control.get("start")
@@ -296,7 +315,7 @@ class _Session:
             needs_of(self.server.policy).require_shown(observation)
         except SpecMismatch as error:
             raise PolicyFailed(str(error)) from error
-        return await self.server._batcher.act(observation, slot)
+        return await self.server._batcher.act(observation, slot, after)
 
     def _slot(self, given: int) -> int:
         if given not in self.slots:

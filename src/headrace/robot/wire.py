@@ -9,7 +9,7 @@ import io
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -18,6 +18,9 @@ from headrace.contracts import Observation
 
 EARLIER = re.compile(r"(?:.*/)?past/([1-9][0-9]?)/[^/]+")  # pictures of earlier steps
 DTYPES = frozenset(("|b1", "|u1", "|i1", "<u2", "<i2", "<u4", "<i4", "<i8", "<u8", "<f2", "<f4", "<f8"))
+
+
+LONGEST_PREFIX = 1024  # rows
 
 
 class WireError(ValueError):
@@ -205,6 +208,48 @@ def observation_from(message: Any) -> Observation:
     return Observation(images=images, state=state, instruction=instruction, past=steps)
 
 
+class Continuation(NamedTuple):
+    """The chunk that is being executed while the next one is thought out.
+
+    Attributes:
+        prefix: Its rows from the observation on, float32, shape (P, A), in the policy's units.
+        delay: Rows of it that are executed in any case.
+    """
+
+    prefix: np.ndarray
+    delay: int
+
+
+def split_continuation(message: Any, dim: int) -> tuple[Any, Continuation | None]:
+    """A message without its `continue` (`{"prefix": (P, A), "delay": n}`), and what that says; None if it has none.
+
+    Args:
+        message: As for `observation_from`.
+        dim: Numbers of an action, A.
+
+    Raises:
+        WireError: A part is absent, or of the wrong type, shape or size, or holds a number that is not finite.
+    """
+    if not isinstance(message, dict) or "continue" not in message:
+        return message, None
+    told = message["continue"]
+    if not isinstance(told, dict) or set(told) != {"prefix", "delay"}:
+        raise WireError("continue: wanted a map of prefix, shape (rows, actions), and delay, a whole number")
+    prefix, delay = told["prefix"], told["delay"]
+    if isinstance(delay, bool) or not isinstance(delay, int) or not 0 <= delay <= LONGEST_PREFIX:
+        raise WireError(f"continue/delay: wanted a whole number of rows in 0..{LONGEST_PREFIX}, got {str(delay)[:40]}")
+    if not isinstance(prefix, np.ndarray) or prefix.dtype.kind != "f":
+        got = getattr(prefix, "dtype", type(prefix).__name__)
+        raise WireError(f"continue/prefix: wanted an array of floating-point numbers, got {got}")
+    if prefix.ndim != 2 or prefix.shape[1] != dim or len(prefix) > LONGEST_PREFIX:
+        raise WireError(f"continue/prefix: wanted (up to {LONGEST_PREFIX} rows, {dim}), got {prefix.shape}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = prefix.astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise WireError("continue/prefix: wanted finite numbers within float32's range")
+    return {key: value for key, value in message.items() if key != "continue"}, Continuation(rows, delay)
+
+
 def _flat(message: dict, prefix: str = "", depth: int = 0) -> dict[str, Any]:
     if depth > 4:
         raise WireError("an observation may be nested 4 deep")
@@ -229,7 +274,8 @@ def _camera(key: str, value: np.ndarray) -> np.ndarray:
 
 def _state(key: str, value: Any) -> np.ndarray:
     try:
-        state = np.asarray(value, dtype=np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            state = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise WireError(f"{key}: wanted a vector of numbers, got {type(value).__name__}") from error
     if state.ndim != 1 or state.size > 1024 or not np.isfinite(state).all():
