@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from headrace.cli.rollout import checkpoint_of
+from headrace.cli.rollout import identity_of
 from headrace.contracts import ActionChunk, ActionSpec, EpisodesLost, Needs, SpecMismatch
 from headrace.sim.results import summarise
 from headrace.sim.rollout import RolloutSettings, roll_out
@@ -219,7 +219,7 @@ def test_a_checkpoint_trained_anew_under_the_old_name_is_refused(task, tmp_path)
     settings = RolloutSettings(episodes=1, videos=0)
 
     def again():
-        known = {"policy_name": str(folder), "checkpoint": checkpoint_of(str(folder))}
+        known = {"policy_name": str(folder), "checkpoint": identity_of(str(folder), {})[0]}
         return roll_out([task], Pusher(), settings, tmp_path / "out", **known)
 
     again()
@@ -228,17 +228,19 @@ def test_a_checkpoint_trained_anew_under_the_old_name_is_refused(task, tmp_path)
     (folder / "model.safetensors").write_bytes(bytes(1000) + b"x" + bytes(999))  # one byte, in the middle
     with pytest.raises(FileExistsError, match=r"checkpoint: '\w{16}' before, '\w{16}' now"):
         again()
-    assert checkpoint_of("random") == ""
+    assert identity_of("random", {}) == ("", {})
 
 
 def test_a_servers_checkpoint_is_the_runs_and_settings_that_were_not_used_are_not():
     from headrace.robot.client import RemotePolicy
     from headrace.robot.server import ServerConfig, background
 
-    with background(Pusher(), ServerConfig(port=0, checkpoint="0123456789abcdef")) as server:
+    config = ServerConfig(port=0, checkpoint="0123456789abcdef", settings={"steps": 4, "precision": "bf16"})
+    with background(Pusher(), config) as server:
         url = f"ws://127.0.0.1:{server.port}"
         remote = RemotePolicy(url)
-        assert checkpoint_of(url) == checkpoint_of(url, remote) == "0123456789abcdef"
+        for found in (identity_of(url, {"steps": 10}), identity_of(url, {"steps": 10}, remote)):
+            assert found == ("0123456789abcdef", {"steps": 4, "precision": "bf16"})
         remote.close()
 
 

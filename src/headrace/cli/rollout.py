@@ -74,6 +74,7 @@ def rollout(
     sampling: dict[str, Any] = {"solver": solver, "steps": steps, "grid": grid, "tolerance": tolerance}
     chosen = settings_of(**sampling, execute=execute, ensemble=ensemble, precision=precision)
     made = None if ray else make_policy(policy, tasks, chosen, simulators)
+    checkpoint, sampled = identity_of(policy, chosen, made)
     results = roll_out(
         tasks,
         made,
@@ -89,8 +90,8 @@ def rollout(
         folder,
         policy_name=policy,
         command=shlex.join(["headrace", *sys.argv[1:]]),
-        policy_settings={} if policy in ("random", "oracle") or is_served(policy) else chosen,
-        checkpoint=checkpoint_of(policy, made),
+        policy_settings=sampled,
+        checkpoint=checkpoint,
         simulators=simulators,
         **on_ray(policy, tasks, chosen, workers=ray, address=ray_address),
     )
@@ -135,13 +136,15 @@ def is_served(policy: str) -> bool:
     return policy.startswith(("ws://", "wss://"))
 
 
-def checkpoint_of(policy: str, made: Any = None) -> str:
-    """Fingerprint of the files that a policy's name stands for; empty for one without files.
+def identity_of(policy: str, chosen: dict[str, Any], made: Any = None) -> tuple[str, dict[str, Any]]:
+    """Fingerprint of the files that a policy's name stands for, and the settings that it is sampled with.
 
-    A server tells the fingerprint of what it serves; empty where it does not.
+    A server tells both of what it serves. The fingerprint is empty where there are no files or the server does not
+    tell; `random` and `oracle` have no settings.
 
     Args:
         policy: As the user named it.
+        chosen: Settings of this command, see `settings_of`.
         made: The policy, where it is there already; else a server is asked.
 
     Raises:
@@ -149,17 +152,20 @@ def checkpoint_of(policy: str, made: Any = None) -> str:
         ConnectionError: No such server.
     """
     if policy in ("random", "oracle"):
-        return ""
+        return "", {}
     if is_served(policy):
         remote = made or make_policy(policy, [], {"solver": "euler", "precision": "fp32"})
-        told = str(remote.metadata.get("checkpoint", ""))
+        told = remote.metadata
         if made is None:
             remote.close()
-        return told
+        settings = told.get("settings")
+        plain = settings if isinstance(settings, dict) else {}
+        kept = {str(k): v for k, v in plain.items() if isinstance(v, str | int | float | bool)}
+        return str(told.get("checkpoint", "")), kept
     from headrace.nn.fingerprint import folder_fingerprint
     from headrace.nn.pretrained import resolve_folder
 
-    return folder_fingerprint(resolve_folder(policy))
+    return folder_fingerprint(resolve_folder(policy)), chosen
 
 
 def settings_of(**chosen: Any) -> dict[str, Any]:
@@ -194,7 +200,7 @@ def make_policy(name: str, tasks: list[Any], chosen: dict[str, Any], simulators:
     here = [key for key in ("execute", "ensemble") if key in chosen] + ["precision"] * (chosen["precision"] != "fp32")
     if here and (name in ("random", "oracle") or is_served(name)):
         flags = ", ".join(f"--{key}" for key in here)
-        served = "; give them to `headrace serve`" if "://" in name else ""
+        served = "; `headrace serve` takes --execute and --precision" if is_served(name) else ""
         raise ValueError(f"{flags} say how a checkpoint is run here, and {name!r} is none{served}")
     if name == "oracle":
         without = [task.name for task in tasks if not task.expert]

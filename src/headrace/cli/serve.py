@@ -43,12 +43,14 @@ def serve(
     from headrace.robot.policy import load_policy
     from headrace.robot.server import ServerConfig
 
+    settings = {"steps": steps, "execute": execute, "precision": precision}
     config = ServerConfig(
         host=host,
         port=port,
         token=read_token(token_file),
         name=Path(policy).name,
         checkpoint=folder_fingerprint(resolve_folder(policy)),
+        settings={key: value for key, value in settings.items() if value is not None},
         max_batch=max_batch,
         wait=wait,
     )

@@ -42,6 +42,7 @@ class ServerConfig:
         token: Clients must send `Authorization: Api-Key TOKEN` (as `openpi_client` does) or `Bearer TOKEN`.
         name: What the server says it serves.
         checkpoint: Fingerprint of what it serves, told to clients; empty if unknown.
+        settings: What it samples with, told to clients, so that a run does not mix two servers' answers.
         max_batch, wait: See `Batcher`; `wait` in seconds.
         max_slots: Parallel episodes of one connection, and its messages in flight.
         max_pending: Size of one connection's messages in flight, together [bytes]; more are not read until earlier ones
@@ -57,6 +58,7 @@ class ServerConfig:
     token: str = ""
     name: str = "policy"
     checkpoint: str = ""
+    settings: dict[str, str | int | float] = field(default_factory=dict)
     max_batch: int = 16
     wait: float = 0.004
     max_slots: int = 64
@@ -143,6 +145,7 @@ class PolicyServer:
             "server": "headrace",
             "policy": self.config.name,
             "checkpoint": self.config.checkpoint,
+            "settings": self.config.settings,
             "action_spec": spec,
             "look_back": look_back(self.policy),
             "needs": needs_of(self.policy).to_dict(),
