@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -34,12 +35,31 @@ class Options:
     )
 
 
+def options_of(options: Options, weighting: str) -> dict[str, Any]:
+    """What the figures of a run depend on beside its weighting and seed, as JSON gives it back."""
+    first = options.weightings[0]
+    own = "trained in it" if weighting == first else f"of {first}"
+    return {
+        "steps": options.steps,
+        "batch": options.batch,
+        "encoder_factor": options.encoder_factor,
+        "teacher": own if options.teachers is None else f"{options.teachers}, of {first}",
+    }
+
+
 def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
-    """Figures of one run; a finished one is read again."""
+    """Figures of one run; a finished one is read again, and refused if it was run with other options."""
     folder = options.out / f"{weighting}_{seed}"
-    kept = folder / "figures.json"
+    kept, own = folder / "figures.json", options_of(options, weighting)
     if kept.is_file():
-        return json.loads(kept.read_text())
+        found = json.loads(kept.read_text())
+        there = found.get("options", {})
+        wrong = [
+            f"{name} {there.get(name)!r}, now {value!r}" for name, value in own.items() if there.get(name) != value
+        ]
+        if wrong:
+            raise ValueError(f"{kept} was run with {'; '.join(wrong)}: give the same options, or a new --out")
+        return found["figures"]
     chosen = ["--distill-weight", "0"] if weighting == "none" else ["--weighting", weighting]
     command = [sys.executable, str(RECIPE), "--out", str(folder), "--seed", str(seed), "--steps", str(options.steps)]
     command += ["--batch", str(options.batch), "--encoder-factor", str(options.encoder_factor), *chosen]
@@ -48,7 +68,7 @@ def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
         command += ["--teacher", str(origin / f"{options.weightings[0]}_{seed}" / "teacher")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     figures = json.loads(done.stdout.strip().splitlines()[-1])
-    kept.write_text(json.dumps(figures))
+    kept.write_text(json.dumps({"options": own, "figures": figures}))
     return figures
 
 

@@ -16,6 +16,7 @@ the same code; the published data (DataComp and others, 10^9 pictures) is not to
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -268,17 +269,32 @@ def first_model(recipe: Recipe) -> FlowTok:
 
 
 class StageLoss:
-    """The loss of one stage as `fit` calls it: pictures for the image tokenizer, stored posteriors for the flows."""
+    """The loss of one stage as `fit` calls it: pictures for the image tokenizer, stored posteriors for the flows.
+
+    `frozen` is put into the model at the first call: a checkpoint that `fit` went on from holds the whole model, and
+    what this stage does not train may have been trained since.
+    """
 
     def __init__(
-        self, stage: Stage, ids: Tensor, empty: Tensor, *, uncaptioned: float = 0.0, divergence: float = 1e-6
+        self,
+        stage: Stage,
+        ids: Tensor,
+        empty: Tensor,
+        *,
+        uncaptioned: float = 0.0,
+        divergence: float = 1e-6,
+        frozen: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.stage, self.ids, self.empty = stage, ids, empty
-        self.uncaptioned, self.divergence = uncaptioned, divergence
+        self.uncaptioned, self.divergence, self.frozen = uncaptioned, divergence, frozen
 
     def __call__(
         self, model: FlowTok | ImageTokenizerTraining, batch: Captioned | Coded, generator: torch.Generator
     ) -> dict[str, Tensor]:
+        if self.frozen is not None:
+            flowtok = model.model if isinstance(model, ImageTokenizerTraining) else model
+            flowtok.load_state_dict(self.frozen, strict=False)
+            self.frozen = None
         ids = self.ids.to(batch.label.device)[batch.label]
         if self.stage == "image-tokenizer":
             assert isinstance(batch, Captioned)
@@ -319,6 +335,13 @@ def trained_parts(stage: Stage, model: FlowTok) -> list[nn.Module]:
     return [captioner.projector, captioner.decoder] if stage == "text-tokenizer" else [captioner.velocity]
 
 
+def frozen_state(stage: Stage, model: FlowTok) -> dict[str, Tensor]:
+    """Copies of the weights and buffers, such as the tokens' scale, that a stage does not train."""
+    trained = {id(t) for part in trained_parts(stage, model) for t in part.state_dict(keep_vars=True).values()}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor.detach().clone() for name, tensor in state.items() if id(tensor) not in trained}
+
+
 def with_critic(recipe: Recipe, settings: Settings, model: FlowTok) -> ImageTokenizerTraining | None:
     """The image tokenizer beside its perceptual network and critic, or None where the recipe wants neither."""
     kind = recipe.perceptual
@@ -352,7 +375,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
     pictures = pictures_of(recipe, size)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = CodedPictures(model.eval(), pictures) if stage in ("text-to-image", "image-to-text") else pictures
-    kept = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    kept = frozen_state(stage, model)
     warmup = min(settings.warmup, steps // 4)
     ids = model.captions.ids
     training = with_critic(recipe, settings, model) if stage == "image-tokenizer" else None
@@ -374,6 +397,7 @@ def train_stage(recipe: Recipe, stage: Stage, model: FlowTok) -> float:
             ids([""]),
             uncaptioned=settings.uncaptioned if recipe.uncaptioned is None else recipe.uncaptioned,
             divergence=settings.divergence,
+            frozen=kept,
         ),
         optimizer,
         batches(data, recipe.batch or settings.batch, seed=recipe.seed),

@@ -15,6 +15,7 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +66,7 @@ class Recipe:
         ema: Keep an average of the weights with this decay and save that; 0.9999 is usual, the paper does not say.
         precision: bf16 computes under autocast, losses stay float32.
         seed: Of everything.
-        resume: Go on from the newest checkpoint.
+        resume: Go on from the newest checkpoint; with the teacher that the run was begun with.
     """
 
     out: Path
@@ -282,6 +283,15 @@ def measure_latents(model: UniFlow, data: Dataset, *, batch: int) -> None:
         model.observe_latents(model.encode(pixels.to(model.device)))
 
 
+def weights_hash(module: nn.Module) -> str:
+    """Sixteen hexadecimal digits of a module's weights, wherever they lie."""
+    digest = sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
     """Train `model` in place, measure its latents and save it; model and teacher end on the CPU."""
     tiny = recipe.encoder == "tiny"
@@ -314,7 +324,12 @@ def adapt(recipe: Recipe, model: UniFlow, teacher: nn.Module) -> None:
             clip=1.0,
             ema_decay=recipe.ema,
             precision=recipe.precision,
-            settings={"encoder": recipe.encoder, "weighting": recipe.weighting, "distill": recipe.distill_weight},
+            settings={
+                "encoder": recipe.encoder,
+                "weighting": recipe.weighting,
+                "distill": recipe.distill_weight,
+                "teacher": weights_hash(teacher),
+            },
             progress=False,
         )
     if fitted.ema is not None:
@@ -337,6 +352,8 @@ def new_model(recipe: Recipe) -> UniFlow:
     teacher = recipe.teacher
     if teacher is None and recipe.resume and (recipe.out / "teacher").is_dir():
         teacher = recipe.out / "teacher"
+    if teacher is None and recipe.resume and (recipe.out / "run" / "run.json").is_file():
+        raise SystemExit(f"the run in {recipe.out} was begun with a teacher from elsewhere; name it again: --teacher")
     if teacher is None:
         train_tiny_teacher(model, steps=recipe.teacher_steps, seed=recipe.seed)
         model.save_pretrained(recipe.out / "teacher")

@@ -7,8 +7,8 @@ The story's folder must hold `pretrain_ls_la` and, for the other columns, `pretr
 of each; `scratch` is the same network with freshly drawn weights. All columns get the same fine-tuning updates.
 
 A cell that is done is not run again, so the command may be given again after a kill, or with more seeds; one that was
-done with other settings is refused. `table.md` is written after every cell; `cells.jsonl` beside it has one line per
-cell and task.
+done, or begun, with other settings is refused. `table.md` is written after every cell; `cells.jsonl` beside it has one
+line per cell and task.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 
 import tyro
 
+from headrace.nn.fingerprint import folder_fingerprint
 from headrace.robot.chunking import RecedingHorizon
 from headrace.robot.finetune import FinetuneSettings, train_policy
 from headrace.robot.policy import load_policy
@@ -102,9 +103,9 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
         steps=table.steps, batch_size=table.batch_size, lr=table.lr, seed=seed, ema=0.998, checkpoint_every=200
     )
     resume = (folder / "training" / "run.json").is_file()
-    fitted = train_policy(
-        model, data, settings, folder / "training", resume=resume, facts={"arm": arm, "budget": budget}
-    )
+    trained_by = {"arm": arm, "budget": budget, "init": folder_fingerprint(Path(start.init))}
+    trained_by |= {name: own[name] for name in ("story", "tasks", "demonstrations", "horizon")}
+    fitted = train_policy(model, data, settings, folder / "training", resume=resume, facts=trained_by)
     policy = RecedingHorizon(load_policy(str(folder / "training" / "model")), table.execute)
     results = roll_out(
         [find_task(task) for task in table.tasks],
@@ -113,6 +114,7 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
         folder / "rollout",
         policy_name=f"{arm}_{budget}_{seed}",
         policy_settings={"execute": table.execute},
+        checkpoint=folder_fingerprint(folder / "training" / "model"),
     )
     last = fitted.losses[-50:]
     facts = {"budget": budget, "arm": arm, "seed": seed, "steps": table.steps}

@@ -224,13 +224,17 @@ def test_a_corpus_is_known_by_its_files_and_its_camera_not_by_dates(tmp_path, vi
     assert cameras[0].fingerprint() != cameras[1].fingerprint()
 
 
-def test_folders_of_one_name_are_told_apart_by_the_one_above(tmp_path):
-    for place in ("left", "right"):
-        write_video(tmp_path / place / "clips" / "x.mp4", fps=10)
-    write_video(tmp_path / "other" / "x.mp4")
-    paths = [tmp_path / "left" / "clips", tmp_path / "right" / "clips", tmp_path / "other"]
+def test_folders_of_one_name_are_numbered_wherever_they_lie(tmp_path):
+    paths = [tmp_path / place for place in ("left/x/clips", "right/x/clips", "other")]
+    for path in paths:
+        write_video(path / "x.mp4", fps=10)
     sources = open_sources(paths, strides=(1, 2, 1))
-    assert [source.name for source in sources] == ["left/clips", "right/clips", "other"]
+    assert [source.name for source in sources] == ["clips", "clips-2", "other"]
+    shutil.copytree(tmp_path / "right", tmp_path / "copy")
+    copied = open_sources([paths[0], tmp_path / "copy" / "x" / "clips", paths[2]], strides=(1, 2, 1))
+    assert VideoClips(copied, image_size=16).fingerprint() == VideoClips(sources, image_size=16).fingerprint()
+    with pytest.raises(ValueError, match="clips is given more than once"):
+        open_sources([paths[0], paths[0]])
     assert [source.rate for source in sources] == [10.0, 5.0, 10.0]
     assert len(VideoClips(sources, image_size=16)) == 3
     with pytest.raises(ValueError, match="3 sources need one stride or as many"):

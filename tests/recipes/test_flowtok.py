@@ -39,6 +39,30 @@ def test_every_stage_trains_its_own_part_and_leaves_a_model(recipe, tmp_path, ca
     assert torch.equal(again.to_image.velocity.out.weight, model.to_image.velocity.out.weight)
 
 
+def test_what_was_trained_since_outlives_the_checkpoint_of_a_stage_that_goes_on(recipe, tmp_path, monkeypatch):
+    flow = dataclasses.replace(recipe.TINY["text-to-image"], cosine=False)
+    monkeypatch.setitem(recipe.TINY, "text-to-image", flow)
+    recipe.new_model(recipe.Recipe(out=tmp_path)).save_pretrained(tmp_path / "model")
+    settings = recipe.Recipe(out=tmp_path, stage="text-to-image", steps=1, batch=4, pictures=8)
+    recipe.main(settings)
+    model = FlowTok.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model.scale.fill_(7.0)
+        model.image.decoder.mask_token.fill_(0.5)
+    model.save_pretrained(tmp_path / "model")
+    seen, loss = [], recipe.text_to_image_loss
+
+    def watched(model, *inputs, **options):
+        seen.append((model.scale.item(), model.image.decoder.mask_token.mean().item()))
+        return loss(model, *inputs, **options)
+
+    monkeypatch.setattr(recipe, "text_to_image_loss", watched)
+    recipe.main(dataclasses.replace(settings, steps=2, resume=True))
+    again = FlowTok.from_pretrained(tmp_path / "model")
+    assert seen == [(7.0, 0.5)]
+    assert again.scale == 7 and again.image.decoder.mask_token.mean() == 0.5
+
+
 def test_an_earlier_model_goes_on_with_other_data_and_keeps_its_size(recipe, tmp_path):
     model = recipe.new_model(recipe.Recipe(out=tmp_path, image_size=64))
     with torch.no_grad():

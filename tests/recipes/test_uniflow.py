@@ -39,6 +39,11 @@ def test_two_steps_run_and_leave_a_model_with_latent_statistics(recipe, tmp_path
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert {"alpha/1", "weight/4", "flow/t3", "watched/psnr", "watched/seam", "latent/std"} <= set(logged)
     assert logged["watched/psnr"] > 0
+    other = UniFlow(recipe.tiny_config()).encoder.eval()
+    with pytest.raises(ValueError, match=r"holds another run.*'teacher'"):
+        recipe.adapt(dataclasses.replace(settings, resume=True), UniFlow(recipe.tiny_config()), other)
+    with pytest.raises(SystemExit, match="name it again: --teacher"):
+        recipe.new_model(dataclasses.replace(settings, resume=True))
     again = UniFlow.from_pretrained(tmp_path / "model")
     assert again.latent_count.item() == 24 * 64
     pictures = recipe.ShapesAndPhotos(again.preprocessing, count=48, seed=1)

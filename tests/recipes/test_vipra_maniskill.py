@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,34 @@ def test_a_finished_cell_is_not_run_again_and_one_of_other_settings_is_refused(t
     (folder / "cell.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="steps None, now 2000"):
         table["run_cell"](settings, 25, "ls_la", 0)
+
+
+def test_a_cell_goes_on_only_with_the_network_data_and_policy_it_was_begun_with(table, tmp_path, monkeypatch):
+    seen, inside = [], table["run_cell"].__globals__
+    init, trained = tmp_path / "story" / "pretrain_ls_la" / "model", tmp_path / "ls_la_25_0" / "training" / "model"
+    for folder in (init, trained):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    fake = {
+        "prepare": lambda sources, start: (None, None, None),
+        "train_policy": lambda *_, facts, **__: seen.append(facts) or SimpleNamespace(losses=[1.0]),
+        "load_policy": lambda folder: None,
+        "RecedingHorizon": lambda policy, execute: None,
+        "roll_out": lambda *_, checkpoint, **__: seen.append(checkpoint) or {"tasks": []},
+    }
+    for name, value in fake.items():
+        monkeypatch.setitem(inside, name, value)
+    settings = table["Table"](story=tmp_path / "story", out=tmp_path)
+    for changed in (settings, replace(settings, horizon=7), replace(settings, demonstrations=("a", "b", "c"))):
+        table["run_cell"](changed, 25, "ls_la", 0)
+        (trained.parents[1] / "cell.json").unlink()
+    (init / "config.json").write_text("[]")
+    (trained / "config.json").write_text("[]")
+    table["run_cell"](settings, 25, "ls_la", 0)
+    facts, checkpoints = seen[::2], seen[1::2]
+    assert facts[0]["story"] == str(tmp_path / "story") and facts[0]["tasks"] == list(settings.tasks)
+    assert all(facts[0] != other for other in facts[1:])
+    assert checkpoints[0] == checkpoints[1] != checkpoints[3]
 
 
 def test_unknown_columns_are_named(table, tmp_path):

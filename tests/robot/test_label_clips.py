@@ -139,7 +139,13 @@ def test_videos_of_a_folder_are_compared_one_by_one(corpus, tmp_path):
     assert "3.mp4" not in labels.video and labels.header.sources[0].rate == 10.0
     assert label_corpus(*replace(job, rate=10.0).open(), tmp_path / "rate", name="lam").skipped == 0
     assert set(LatentLabels(tmp_path / "rate").stride[LatentLabels(tmp_path / "rate").video == "3.mp4"]) == {2}
-    assert label_corpus(*replace(job, override=("rate",)).open(), tmp_path / "all", name="lam").skipped == 0
+    everything = replace(job, override=("rate",)).open()
+    assert label_corpus(*everything, tmp_path / "all", name="lam").skipped == 0
+    with pytest.raises(ValueError, match=r"rates \(10.0,\), now it is \(None,\)"):
+        label_corpus(*everything, tmp_path / "labels", name="lam")
+    shutil.copy(part_path(tmp_path / "all", 0), part_path(tmp_path / "labels", 0))
+    with pytest.raises(ValueError, match="written by another run: rates"):
+        LatentLabels(tmp_path / "labels")
     LatentActionModel(replace(new_model().config, fps=7.0)).save_pretrained(tmp_path / "slow")
     with pytest.raises(ValueError, match="7 steps a second, mixed has 10 to 20"):
         replace(job, model=tmp_path / "slow").open()
@@ -165,7 +171,7 @@ def test_damaged_videos_are_left_out_and_counted(model, corpus, tmp_path, monkey
         return read(number, frames)
 
     monkeypatch.setattr(corpus, "read", failing)
-    with pytest.warns(UserWarning, match=r"left out 1 of 3 videos \(1 corrupt\)"):
+    with pytest.warns(UserWarning, match=r"left out 1 of 3 videos \(1 corrupt\); .* delete .*part-00000.parquet and"):
         run = label_corpus(LatentActionLabeler(model, horizon=2), corpus, tmp_path, name="lam")
     assert run.skipped == 1 and set(LatentLabels(tmp_path).video) == {"0.mp4", "2.mp4"}
 

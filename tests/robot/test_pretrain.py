@@ -155,8 +155,9 @@ def test_a_damaged_video_ends_neither_the_cache_nor_the_batches(folder, tmp_path
         return read(corpus, number, frames)
 
     monkeypatch.setattr(VideoClips, "read", failing)
-    with pytest.warns(UserWarning, match=r"1 of 3 videos have no ids \(1 corrupt\)"):
-        tokens = cache_tokens(data.corpus, encoder, tmp_path, crop=(0, 0, 64))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"1 of 3 videos have no ids \(1 corrupt\)"):
+            tokens = cache_tokens(data.corpus, encoder, tmp_path, crop=(0, 0, 64))
     assert tokens.damaged.tolist() == [1]
     with pytest.warns(UserWarning, match="4 of 15 labelled frames are left out: 1 video"):
         less = type(data)(data.labels, data.corpus, tokens, model.config)
@@ -166,6 +167,41 @@ def test_a_damaged_video_ends_neither_the_cache_nor_the_batches(folder, tmp_path
     with pytest.warns(UserWarning, match="left out from here on, 1 video"):
         late = data.batch(np.array([LENGTHS[0] - 1, LENGTHS[0]]))
     assert late.instructions == ["push it"] * 2
+
+
+def test_a_repaired_video_gets_its_ids(folder, tmp_path, monkeypatch):
+    _, data, encoder = setup(folder)
+    read, asked = VideoClips.read, []
+
+    def failing(corpus, number, frames):
+        asked.append(number)
+        if number == 1 and len(set(asked)) == 2:
+            raise BadVideo("corrupt", "1.mp4 cannot be decoded")
+        return read(corpus, number, frames)
+
+    monkeypatch.setattr(VideoClips, "read", failing)
+    with pytest.warns(UserWarning, match="have no ids"):
+        cache_tokens(data.corpus, encoder, tmp_path, crop=(0, 0, 64))
+    asked[:] = [0, 2]  # so that video 1 can be read now, as no third one is new
+    with pytest.warns(UserWarning, match=r"1 videos that had no ids can be read now"):
+        tokens = cache_tokens(data.corpus, encoder, tmp_path, crop=(0, 0, 64))
+    assert asked == [0, 2, 1] and not len(tokens.damaged)
+    videos, frames = np.array([0, 1, 2]), np.array([6, 4, 5])
+    assert torch.equal(tokens.read(videos, frames), data.tokens.read(videos, frames))
+
+
+def test_sources_of_nearly_one_rate_have_that_rate(folder):
+    """30 and 29.97 frames a second, read at 5."""
+    labels = LatentLabels(folder / "labels")
+    (source,) = labels.header.sources
+
+    def rate(*rates):
+        sources = tuple(replace(source, name=str(r), rate=r) for r in rates)
+        labels.header = replace(labels.header, sources=sources)
+        return stage.labelled_rate(labels)
+
+    assert rate(5.0, 4.995) == 5.0
+    assert rate(5.0, 4.8) is None and rate(5.0, None) is None
 
 
 @pytest.mark.parametrize("ids", [False, True])

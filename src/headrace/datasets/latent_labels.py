@@ -100,6 +100,11 @@ class LabelHeader:
         if self.format != FORMAT:
             raise ValueError(f"these labels have layout {self.format}, this headrace reads {FORMAT}; {_AGAIN}")
 
+    @property
+    def rates(self) -> tuple[float | None, ...]:
+        """Each source's rate [Hz]; tells labels of all videos of a mixed source from those of one rate alone."""
+        return tuple(source.rate for source in self.sources)
+
     def save(self, folder: Path) -> None:
         """Write `labels.json` atomically."""
         text = json.dumps(asdict(self), indent=2) + "\n"
@@ -232,7 +237,8 @@ def _read_part(path: Path, header: LabelHeader) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({error}); delete it and label again") from error
     written = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    for name in ("lam_hash", "corpus", "codes", "tokens", "horizon", "history", "rows_per_part", "every"):
+    written["rates"] = tuple(source["rate"] for source in written.get("sources", ()))
+    for name in ("lam_hash", "corpus", "codes", "tokens", "horizon", "history", "rows_per_part", "every", "rates"):
         if written.get(name) != getattr(header, name):
             raise ValueError(
                 f"{path} was written by another run: {name} is {written.get(name)!r} in it and "

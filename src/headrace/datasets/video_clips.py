@@ -108,9 +108,9 @@ class VideoClips:
         return self._number[source, video]
 
     def fingerprint(self) -> str:
-        """Hash of the names, lengths, strides and cameras of all videos in order, and of their files' sizes and ends.
+        """Hash of all sources' and videos' names, lengths, strides and cameras in order, and of files' sizes and ends.
 
-        Neither folders nor dates count, so a copy on another machine has the same one.
+        Neither the folders above the sources nor dates count, so a copy on another machine has the same one.
 
         Raises:
             ValueError: A file is not there any more.

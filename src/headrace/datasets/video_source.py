@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from headrace.datasets.frame_cache import default_cache
+from headrace.datasets.frame_rate import common_rate
 from headrace.datasets.lerobot_files import data_files, find_cameras, read_episodes, read_info, resolve_dataset
 from headrace.datasets.video_scan import Scan, scan_videos
 
@@ -65,9 +67,9 @@ class VideoSource:
 
     @property
     def rate(self) -> float | None:
-        """Frames a second of its clips [Hz], to 0.1 %; None where videos differ."""
-        rates = [video.fps / stride for video, stride in zip(self.videos, self.strides, strict=True)]
-        return round(rates[0], 3) if max(rates) <= 1.001 * min(rates) else None
+        """Frames a second of its clips [Hz], the first video's; None where videos differ by more than `same_rate`."""
+        rate = common_rate(video.fps / stride for video, stride in zip(self.videos, self.strides, strict=True))
+        return None if rate is None else round(rate, 3)
 
 
 def video_folder(
@@ -183,7 +185,9 @@ def open_source(path: str | Path, *, stride: int | None = None, rate: float | No
 def open_sources(
     paths: Sequence[str | Path], *, strides: Sequence[int] | None = None, rate: float | None = None
 ) -> list[VideoSource]:
-    """Several of them, each with its stride; folders of one name are told apart by the folder above.
+    """Several of them, each with its stride; of folders of one name the second is called `name-2`, and so on.
+
+    Numbers in the order given, and not folders above, so that a copy elsewhere is the same corpus.
 
     Args:
         paths: Folders of videos or LeRobotDatasets.
@@ -191,20 +195,23 @@ def open_sources(
         rate: Instead of strides, frames a second of all clips [Hz].
 
     Raises:
-        ValueError: Another number of strides than of paths, or strides and a rate.
+        ValueError: Another number of strides than of paths, strides and a rate, or one folder twice.
     """
     if strides is not None and len(strides) not in (1, len(paths)):
         raise ValueError(f"{len(paths)} sources need one stride or as many, got {tuple(strides)}")
     each: Sequence[int | None] = (None,) * len(paths) if strides is None else strides
     each = tuple(each) * len(paths) if len(each) == 1 else each
     sources = [open_source(path, stride=stride, rate=rate) for path, stride in zip(paths, each, strict=True)]
-    count = Counter(source.name for source in sources)
-    return [
-        source
-        if count[source.name] == 1
-        else replace(source, name=f"{source.folder.resolve().parent.name}/{source.name}")
-        for source in sources
-    ]
+    twice = [str(folder) for folder, times in Counter(s.folder.resolve() for s in sources).items() if times > 1]
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is given more than once; name each folder of videos once")
+    given = {source.name for source in sources}
+    names: list[str] = []
+    for source in sources:
+        free = (f"{source.name}-{number}" for number in count(2))
+        taken = source.name in names
+        names.append(next(name for name in free if name not in given.union(names)) if taken else source.name)
+    return [replace(source, name=name) for source, name in zip(sources, names, strict=True)]
 
 
 Episode = tuple[int, Path, str | None, int, int]  # number, file, column, first frame in the file, frames

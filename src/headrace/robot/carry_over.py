@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headrace.datasets.frame_rate import same_rate
 from headrace.robot.vipra_actor import VipraActor
 from headrace.robot.vipra_config import PretrainingRecord
 from headrace.robot.vipra_trunk import VipraTrunk
@@ -120,7 +121,7 @@ def require_same_conditions(
             f"the network was pretrained on frames {record.history_at(rate)}, the policy is to see {history}; use the "
             "same, or name it: --override history"
         )
-    if record.rate is not None and abs(record.rate * step - rate) > 1e-3 * rate and "rate" not in override:
+    if record.rate is not None and not same_rate(record.rate * step, rate) and "rate" not in override:
         own = f" on videos of {record.rate * record.stride:g} Hz" if record.stride > 1 else ""
         raise ValueError(
             f"the network was pretrained at {record.rate:g} steps a second{own}, the demonstrations have {rate:g}; "

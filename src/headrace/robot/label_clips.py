@@ -46,11 +46,6 @@ class VideoLabels(NamedTuple):
     transitions: np.ndarray
 
 
-def same_rate(a: float, b: float) -> bool:
-    """Whether two rates [Hz] are within 2 % of each other."""
-    return abs(a / b - 1) <= 0.02
-
-
 class LatentActionLabeler:
     """Labels videos with a trained model, in eval mode.
 

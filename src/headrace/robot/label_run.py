@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from headrace.datasets.frame_rate import same_rate
 from headrace.datasets.latent_labels import HEADER_FILE, LabelHeader, LabelledSource, part_path, write_part
 from headrace.datasets.video_clips import VideoClips
 from headrace.datasets.video_scan import BadVideo
-from headrace.robot.label_clips import LatentActionLabeler, VideoLabels, model_hash, same_rate
+from headrace.robot.label_clips import LatentActionLabeler, VideoLabels, model_hash
 
 
 class LabelRun(NamedTuple):
@@ -130,12 +131,12 @@ def begin_labels(folder: Path, header: LabelHeader) -> None:
         return
     there = LabelHeader.load(folder)
     there.require_model(header.lam_hash, name=header.lam)
-    settings = ("codes", "tokens", "horizon", "history", "every", "image_size", "rows_per_part", "parts")
+    settings = ("codes", "tokens", "horizon", "history", "every", "image_size", "rows_per_part", "parts", "rates")
     for name in ("corpus", *settings):
         if getattr(there, name) != getattr(header, name):
             raise ValueError(
                 f"{folder} holds labels with {name} {getattr(there, name)!r}, now it is {getattr(header, name)!r}; "
-                "go on with the same corpus and settings, or give a new folder"
+                "go on with the same corpus and settings (--override is one of them), or give a new folder"
             )
 
 
@@ -147,6 +148,7 @@ def label_part(labeler: LatentActionLabeler, corpus: VideoClips, plan: LabelPlan
     }
     codes = [np.zeros((0, plan.header.horizon, plan.header.tokens), np.int16)]
     reasons: Counter[str] = Counter()
+    unread = 0
     for number in range(first, end):
         source, video = corpus.video(number)
         stride = int(corpus.strides[number])
@@ -157,12 +159,14 @@ def label_part(labeler: LatentActionLabeler, corpus: VideoClips, plan: LabelPlan
             labels = labeler.label(corpus.read(number, np.arange(video.length)), stride=stride)
         except BadVideo as error:
             reasons[error.reason] += 1
+            unread += 1
             continue
         codes.append(labels.codes)
         _extend(columns, labels, source.name, video.name, video.instruction, stride)
     if reasons:
         text = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        warnings.warn(f"part {part}: left out {reasons.total()} of {end - first} videos ({text})", stacklevel=2)
+        remedy = f"; once they can be read, delete {part_path(folder, part)} and label again" if unread else ""
+        warnings.warn(f"part {part}: left out {reasons.total()} of {end - first} videos ({text}){remedy}", stacklevel=2)
     write_part(folder, part, plan.header, columns, np.concatenate(codes))
     return LabelRun(1, len(columns["frame"]), reasons.total(), 0)
 

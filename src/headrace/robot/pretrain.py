@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from headrace.datasets.frame_rate import common_rate
 from headrace.datasets.latent_labels import LatentLabels
 from headrace.datasets.video_clips import Decode, VideoClips
 from headrace.datasets.video_source import VideoSource
@@ -74,9 +75,8 @@ def open_encoder(source: str | Path) -> VisualEncoder:
 
 
 def labelled_rate(labels: LatentLabels) -> float | None:
-    """Frames a second of the labelled windows [Hz]; None where the sources differ."""
-    rates = {source.rate for source in labels.header.sources}
-    return rates.pop() if len(rates) == 1 else None
+    """Frames a second of the labelled windows [Hz]; None where the sources differ by more than `same_rate`."""
+    return common_rate(labels.header.rates)
 
 
 def config_for(

@@ -1,8 +1,8 @@
 """Every frame of a corpus as ids of a frozen tokenizer, computed once and mapped from disk.
 
 A folder holds `tokens.json` (what made them) and `part-00000.npy` and following, each the frames of some videos in
-order; a video that cannot be decoded has -1 for all its ids. Parts are whole or absent, so a killed run goes on where
-it was.
+order; a video that cannot be decoded has -1 for all its ids, and is tried again whenever the cache is asked for. Parts
+are whole or absent, so a killed run goes on where it was.
 """
 # Shape letters: F frames of a part, N ids of a frame.
 
@@ -114,7 +114,8 @@ def cache_tokens(
 ) -> FrameTokens:
     """Tokenise a corpus into a folder of its own below `folder`; parts that are there already stay.
 
-    Videos that turn out to be damaged get no ids, with a warning that counts them.
+    Videos that turn out to be damaged get no ids, with a warning that counts them; those of parts that are there are
+    tried again, as their files may have been repaired since.
 
     Args:
         corpus: Videos, all read at one square size.
@@ -149,9 +150,14 @@ def cache_tokens(
     own = folder / sha256(json.dumps(asdict(header)).encode()).hexdigest()[:16]
     rank, world = shard
     for part, videos in enumerate(groups):
-        if part % world == rank and not _part_path(own, part).is_file():
-            _write_part(corpus, encoder.eval(), videos, header, _part_path(own, part), batch_size)
-            done(part, len(groups))
+        if part % world == rank:
+            path = _part_path(own, part)
+            known = np.load(path, mmap_mode="r") if path.is_file() else None
+            lengths = corpus.lengths[videos.start : videos.stop]
+            if known is None or (known[np.cumsum(lengths) - lengths, 0] == UNREADABLE).any():
+                _write_part(corpus, encoder.eval(), videos, header, path, batch_size, known)
+            if known is None:
+                done(part, len(groups))
     text = json.dumps(asdict(header), indent=2) + "\n"
     if rank == 0:
         write_atomically(own / HEADER_FILE, lambda path: void(path.write_text(text)))
@@ -160,19 +166,42 @@ def cache_tokens(
 
 
 def _write_part(
-    corpus: VideoClips, encoder: VisualEncoder, videos: range, header: TokenHeader, path: Path, batch_size: int
+    corpus: VideoClips,
+    encoder: VisualEncoder,
+    videos: range,
+    header: TokenHeader,
+    path: Path,
+    batch_size: int,
+    known: np.ndarray | None,
 ) -> None:
+    """Write a part, or fill what was unreadable in the one that is there, `known`, shape (F, N)."""
     rows: list[np.ndarray] = []
     reasons: Counter[str] = Counter()
+    first = repaired = 0
     for video in videos:
+        length = int(corpus.lengths[video])
+        there = None if known is None else known[first : first + length]
+        first += length
+        if there is not None and there[0, 0] != UNREADABLE:
+            rows.append(there)
+            continue
         try:
             rows.append(_video_codes(corpus, encoder, video, header.crop, batch_size))
+            repaired += there is not None
         except BadVideo as error:
             reasons[error.reason] += 1
-            rows.append(np.full((int(corpus.lengths[video]), header.tokens), UNREADABLE))
+            rows.append(np.full((length, header.tokens), UNREADABLE))
     if reasons:
         text = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
         warnings.warn(f"{path.name}: {reasons.total()} of {len(videos)} videos have no ids ({text})", stacklevel=3)
+    if repaired:
+        warnings.warn(
+            f"{path.name}: {repaired} videos that had no ids can be read now; a run that was begun without them goes "
+            "on with other batches",
+            stacklevel=3,
+        )
+    if known is not None and not repaired:
+        return
     codes = np.concatenate(rows).astype(np.int16 if header.codes <= 2**15 else np.int32)
 
     def write(temporary: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from transformers import LlamaConfig
 
 from headrace.contracts import ActionSpec
+from headrace.datasets.frame_rate import same_rate
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.frame_codes import FrameCodesConfig
@@ -130,7 +131,7 @@ class PretrainingRecord:
 
     def frames_per_step(self, rate: float) -> int:
         """Frames per step in data of this frame rate [Hz]: `stride` at the videos' own rate, and 1 at any other."""
-        own = self.rate is not None and self.stride > 1 and abs(self.rate * self.stride - rate) <= 1e-3 * rate
+        own = self.rate is not None and self.stride > 1 and same_rate(self.rate * self.stride, rate)
         return self.stride if own else 1
 
     def history_at(self, rate: float) -> tuple[int, ...]:
