@@ -1,5 +1,8 @@
 """Real-time chunking: the published guidance, and chunks that go on where the old one is."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -65,3 +68,16 @@ def test_the_policy_serves_the_drive_loop():
     prefix = np.full((3, 2), 1.5, np.float32)
     chunk = policy.act_after([look], [0], prefix=prefix, delay=1)
     assert chunk.actions.shape == (1, 4, 2) and abs(chunk.actions[0, 0] - 1.5).max() < 0.3
+
+
+def test_held_features_cannot_be_continued_so_the_chunk_is_a_free_one():
+    config = VipraConfig.tiny(SPEC, state_dim=0)
+    config = replace(config, decoder=replace(config.decoder, segments=2, features="hold"))
+    torch.manual_seed(0)
+    policy = FlowPolicy(VipraPolicy(config), device="cpu")
+    look = Observation(images={"base_camera": np.zeros((64, 64, 3), np.uint8)}, state=np.zeros(0, np.float32))
+    chunks = []
+    for ask in (policy.act, partial(policy.act_after, prefix=np.ones((3, 2), np.float32), delay=1)):
+        policy.reset(0, seed=5)
+        chunks.append(ask([look], [0]).actions)
+    np.testing.assert_array_equal(*chunks)

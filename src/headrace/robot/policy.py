@@ -209,9 +209,13 @@ class FlowPolicy(NetworkPolicy):
     ) -> ActionChunk:
         """Chunks that continue `prefix`, raw, (B, P, A) or (P, A), of which `delay` rows are executed in any case.
 
+        A decoder that holds its features cannot continue a chunk: its chunks are those of `act`.
+
         Raises:
             ValueError: As `act`, or a prefix of another shape.
         """
+        if self.model.decoder.config.features == "hold":
+            return self.act(observations, slots)
         rows = torch.from_numpy(np.asarray(prefix, np.float32)).to(self.device)
         rows = rows.expand(len(slots), *rows.shape[-2:])
         return self._chunk(
