@@ -235,6 +235,11 @@ def test_folders_of_one_name_are_told_apart_by_the_one_above(tmp_path):
     assert len(VideoClips(sources, image_size=16)) == 3
     with pytest.raises(ValueError, match="3 sources need one stride or as many"):
         open_sources(paths, strides=(1, 2))
+    with pytest.raises(ValueError, match="given more than once"):
+        open_sources([paths[0], paths[2], tmp_path / "other" / ".." / "other"])
+    deep = [write_video(tmp_path / place / "clips" / "x.mp4", fps=10).parent for place in ("a/x", "b/x", "b/y")]
+    names = [source.name for source in open_sources([*deep, paths[2]])]
+    assert names == ["a/x/clips", "b/x/clips", "b/y/clips", "other"]
 
 
 def test_a_folder_is_opened_by_what_it_holds(video_dataset, folder):

@@ -70,7 +70,7 @@ class VideoClips:
             raise ValueError("a corpus needs at least one source of videos")
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
-            raise ValueError(f"sources must have different names, got {', '.join(names)}; give a name to each")
+            raise ValueError(f"sources must have different names, got {', '.join(names)}; `open_sources` gives them")
         if decode not in ("cache", "stream"):
             raise ValueError(f"unknown decode {decode!r} (known: cache, stream)")
         self.sources = tuple(sources)
@@ -110,7 +110,8 @@ class VideoClips:
     def fingerprint(self) -> str:
         """Hash of the names, lengths, strides and cameras of all videos in order, and of their files' sizes and ends.
 
-        Neither folders nor dates count, so a copy on another machine has the same one.
+        Dates do not count, and of the folders above only those that tell sources of one name apart (`open_sources`), so
+        a copy on another machine has the same one.
 
         Raises:
             ValueError: A file is not there any more.

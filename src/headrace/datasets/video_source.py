@@ -1,6 +1,7 @@
 """Videos without actions: folders of files, and LeRobot datasets whose actions are ignored."""
 
 import json
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -183,7 +184,7 @@ def open_source(path: str | Path, *, stride: int | None = None, rate: float | No
 def open_sources(
     paths: Sequence[str | Path], *, strides: Sequence[int] | None = None, rate: float | None = None
 ) -> list[VideoSource]:
-    """Several of them, each with its stride; folders of one name are told apart by the folder above.
+    """Several of them, each with its stride; folders of one name are told apart by as many folders above as it takes.
 
     Args:
         paths: Folders of videos or LeRobotDatasets.
@@ -191,20 +192,28 @@ def open_sources(
         rate: Instead of strides, frames a second of all clips [Hz].
 
     Raises:
-        ValueError: Another number of strides than of paths, or strides and a rate.
+        ValueError: Another number of strides than of paths, strides and a rate, or a folder that is given twice.
     """
     if strides is not None and len(strides) not in (1, len(paths)):
         raise ValueError(f"{len(paths)} sources need one stride or as many, got {tuple(strides)}")
     each: Sequence[int | None] = (None,) * len(paths) if strides is None else strides
     each = tuple(each) * len(paths) if len(each) == 1 else each
     sources = [open_source(path, stride=stride, rate=rate) for path, stride in zip(paths, each, strict=True)]
-    count = Counter(source.name for source in sources)
-    return [
-        source
-        if count[source.name] == 1
-        else replace(source, name=f"{source.folder.resolve().parent.name}/{source.name}")
-        for source in sources
-    ]
+    return [replace(source, name=name) for source, name in zip(sources, _distinct(sources), strict=True)]
+
+
+def _distinct(sources: Sequence[VideoSource]) -> list[str]:
+    """A name for each: its own, and those of the folders above it where others are named alike."""
+    places = [(*Path(os.path.abspath(source.folder)).parts[:-1], source.name) for source in sources]  # links stay
+    twice = [source.folder for source, times in zip(sources, map(places.count, places), strict=True) if times > 1]
+    if twice:
+        raise ValueError(f"{', '.join(map(str, twice))}: this folder is given more than once; leave the others out")
+    named: list[str] = []
+    for place in places:
+        alike = [other for other in places if other[-1] == place[-1]]
+        depth = next(n for n in range(1, len(place) + 1) if len({other[-n:] for other in alike}) == len(alike))
+        named.append("/".join(place[-depth:]))
+    return named
 
 
 Episode = tuple[int, Path, str | None, int, int]  # number, file, column, first frame in the file, frames
