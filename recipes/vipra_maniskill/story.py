@@ -6,13 +6,15 @@
 
 Stages: videos, tokenizer, lam, labels, pretrain, demonstrations, finetune, rollout. Each leaves its folder under OUT
 and is skipped when that is complete; a stage that was cut off goes on. `--only finetune rollout` runs some of them,
-`--videos` and `--demonstrations` take LeRobot datasets that are there already. Every number stands in `SIZES`.
+`--videos` and `--demonstrations` take LeRobot datasets that are there already; `--stride` or `--rate` brings videos to
+the steps of a model that is there already (`--lam`). Every number stands in `SIZES`.
 """
 
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -98,6 +100,10 @@ class Story:
         videos: Datasets or folders of videos in place of rendered ones, such as recordings of other arms.
         demonstrations: Datasets in place of collected ones, one per task.
         tokenizer, lam: Trained models in place of training them.
+        held_out: Of so many videos one is kept from the latent action model, to judge it; the recipe's 4 if not given.
+        stride: Frames of the videos between neighbouring frames, in place of the size's.
+        rate: With `lam`, instead of a stride: steps a second [Hz], for videos of several frame rates.
+        override: `rate` where videos or demonstrations are meant to have another rate than what was trained before.
         only: Stages to run; all if empty.
         processes: Simulator processes.
         seed: Of training.
@@ -112,6 +118,10 @@ class Story:
     demonstrations: tuple[str, ...] = ()
     tokenizer: Path | None = None
     lam: Path | None = None
+    held_out: int | None = None
+    stride: int | None = None
+    rate: float | None = None
+    override: tuple[Literal["rate"], ...] = ()
     only: tuple[str, ...] = ()
     processes: int = 2
     seed: int = 0
@@ -122,6 +132,10 @@ class Story:
         unknown = set(self.only) - set(STAGES)
         if unknown:
             raise ValueError(f"no stages {sorted(unknown)} (there are: {', '.join(STAGES)})")
+        if self.rate is not None and (self.stride is not None or self.lam is None):
+            raise ValueError(
+                "--rate goes with --lam and takes the place of --stride, which the model here is trained at"
+            )
 
 
 def collected(story: Story, name: str, episodes: int, seed: int) -> tuple[str, ...]:
@@ -168,6 +182,8 @@ def main(story: Story) -> None:
     left, top = size.crop or (112 - side // 2,) * 2
     tokenizer, lam = story.tokenizer or out / "tokenizer" / "model", story.lam or out / "lam" / "model"
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    stride = size.stride if story.stride is None else story.stride
+    strides = None if story.rate is not None else (stride,)
     videos = story.videos or tuple(str(out / "videos" / task) for task in story.tasks)
     demonstrations = story.demonstrations or tuple(str(out / "demonstrations" / task) for task in story.tasks)
 
@@ -178,8 +194,9 @@ def main(story: Story) -> None:
         train_tokenizer(pictures, out / "tokenizer", steps=size.token_steps, seed=story.seed)
     if tell("lam", story) and story.lam is None and not lam.exists():
         command = [sys.executable, str(RECIPES / "latent_actions.py"), "--data", *videos, "--out", str(out / "lam")]
-        command += ["--steps", str(size.lam_steps), "--seed", str(story.seed), "--stride", str(size.stride)]
+        command += ["--steps", str(size.lam_steps), "--seed", str(story.seed), "--stride", str(stride)]
         command += ["--window", *(f"{edge / 224:.4f}" for edge in (left, top, side))]  # what the policy sees
+        command += ["--held-out", str(story.held_out)] if story.held_out is not None else []
         command += ["--resume"] if resumed(out / "lam") else []
         subprocess.run(command, check=True)
     if tell("labels", story):
@@ -187,10 +204,12 @@ def main(story: Story) -> None:
             lam,
             data=videos,
             out=out / "labels",
-            stride=(size.stride,),
+            stride=strides,
+            rate=story.rate,
             horizon=size.label_horizon,
             device=device,
             decode="cache",
+            override=story.override,
         )
     if tell("pretrain", story):
         pretrain(
@@ -199,7 +218,8 @@ def main(story: Story) -> None:
             out=out / f"pretrain_{story.fields}",
             tokenizer=str(tokenizer),
             lam=lam,
-            stride=(size.stride,),
+            stride=strides,
+            rate=story.rate,
             size=size.network,  # type: ignore[arg-type]
             fields=story.fields,  # type: ignore[arg-type]
             crop=(left, top),
@@ -223,6 +243,7 @@ def main(story: Story) -> None:
             head=story.head,  # type: ignore[arg-type]
             demonstrations=size.demonstrations,
             horizon=size.horizon,
+            override=story.override,
             lam=lam,
             steps=size.finetune_steps,
             batch_size=size.finetune_batch,

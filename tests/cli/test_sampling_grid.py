@@ -143,3 +143,8 @@ def test_solver_options_for_a_policy_without_a_flow_are_refused(name, tmp_path):
         with pytest.raises(ValueError, match="follows no flow"):
             rollout.make_policy(name, [], rollout.settings_of(**{**UNSET, **options}))
     assert rollout.make_policy("oracle", [], rollout.settings_of(**UNSET)) is None
+
+
+def test_a_seed_that_the_expert_would_not_use_is_refused():
+    with pytest.raises(ValueError, match="leave out --policy-seed"):
+        rollout.rollout("oracle", task="PushCube-v1", policy_seed=3)

@@ -239,6 +239,8 @@ def test_folders_of_one_name_are_numbered_wherever_they_lie(tmp_path):
     assert len(VideoClips(sources, image_size=16)) == 3
     with pytest.raises(ValueError, match="3 sources need one stride or as many"):
         open_sources(paths, strides=(1, 2))
+    with pytest.raises(ValueError, match="given more than once"):
+        open_sources([paths[0], paths[2], tmp_path / "other" / ".." / "other"])
 
 
 def test_a_folder_is_opened_by_what_it_holds(video_dataset, folder):

@@ -78,6 +78,28 @@ def test_unknown_columns_are_named(table, tmp_path):
         table["Table"](story=tmp_path, out=tmp_path, arms=("all_of_it",))
 
 
+def test_videos_from_elsewhere_are_brought_to_the_models_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    told = {}
+    story = runpy.run_path(str(FOLDER / "story.py"))
+    known = story["main"].__globals__
+    for stage in ("label", "pretrain", "finetune"):
+        monkeypatch.setitem(known, stage, lambda *given, stage=stage, **options: told.setdefault(stage, options))
+    monkeypatch.setattr(subprocess, "run", lambda command, check: told.setdefault("lam", command))
+    here = {"out": tmp_path, "videos": ("v",), "only": ("lam", "labels", "pretrain", "finetune")}
+    story["main"](story["Story"](**here, stride=3, held_out=2, override=("rate",)))
+    pairs = list(zip(told["lam"], told["lam"][1:], strict=False))
+    assert ("--stride", "3") in pairs and ("--held-out", "2") in pairs
+    assert told["label"]["stride"] == told["pretrain"]["stride"] == (3,)
+    assert told["label"]["override"] == told["finetune"]["override"] == ("rate",)
+    told.clear()
+    story["main"](story["Story"](**here, lam=tmp_path / "lam", rate=5.0))
+    assert "lam" not in told
+    assert all((told[s]["stride"], told[s]["rate"]) == (None, 5.0) for s in ("label", "pretrain"))
+    with pytest.raises(ValueError, match="--rate goes with --lam"):
+        story["Story"](out=tmp_path, rate=5.0)
+
+
 @pytest.mark.sim
 @pytest.mark.render
 @pytest.mark.slow

@@ -115,6 +115,39 @@ def test_a_cable_pulled_at_the_end_costs_neither_report_nor_lock():
     other.close()
 
 
+class Part:
+    """A bus or a camera that notes how it was closed; `weak` motors do not answer when their torque is to end."""
+
+    def __init__(self, connected, weak=False):
+        self.is_connected, self.weak, self.closed = connected, weak, []
+
+    def disconnect(self, *torque_off):
+        self.closed.append(torque_off)
+        if not self.is_connected or (self.weak and torque_off == (True,)):
+            raise ConnectionError("gone")
+        self.is_connected = False
+
+
+@pytest.mark.parametrize(("weak", "told"), [(False, [(True,)]), (True, [(True,), (False,)])])
+def test_a_pulled_camera_leaves_neither_the_bus_open_nor_the_other_camera(weak, told):
+    """As in LeRobot's robots, whose `disconnect` wants bus and all cameras connected."""
+
+    class Guarded(Driver):
+        def disconnect(self):
+            raise ConnectionError("Guarded is not connected")
+
+    driver = Guarded("/dev/ttyGuarded")
+    driver.bus = Part(True, weak)
+    driver.cameras = {"front": Part(False), "wrist": Part(True)}
+    arm = LeRobotArm(driver)
+    arm.connect()
+    arm.close()
+    assert driver.bus.closed == told and not driver.bus.is_connected and not driver.cameras["wrist"].is_connected
+    driver.bus.is_connected = True
+    arm.close()  # the lock is given back: another process may have the bus now
+    assert driver.bus.closed == told
+
+
 def test_a_driver_that_leaves_a_joint_out_is_a_fault():
     driver = Driver()
     arm = LeRobotArm(driver)

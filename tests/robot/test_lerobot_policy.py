@@ -204,11 +204,30 @@ def test_a_network_pretrained_on_videos_becomes_a_policy(dataset, tmp_path):
     }
     assert torch.isfinite(policy(batch)[0])
     policy.save_pretrained(tmp_path / "policy")
+    (tmp_path / "pretrained").rename(tmp_path / "elsewhere")  # a robot has not what the training machine had
     again = get_policy_class("vipra").from_pretrained(tmp_path / "policy")
     assert torch.equal(again.model.view.weight, policy.model.view.weight) and again.config.history == [-2, 0]
     VipraPretraining(replace(tiny, record=replace(record, rate=7.0), history=(-1, 0))).save_pretrained(tmp_path / "odd")
     with pytest.raises(ValueError, match="7 steps a second on videos of 14 Hz, the demonstrations have 10"):
-        make_policy(LeRobotVipraConfig(init=str(tmp_path / "odd"), device="cpu", history=[-1, 0]), ds_meta=meta)
+        make_policy(LeRobotVipraConfig(init=str(tmp_path / "odd"), device="cpu"), ds_meta=meta)
+
+
+def test_a_dataset_at_the_labels_rate_is_told_the_history_to_give(dataset, tmp_path):
+    tiny = VipraPretrainingConfig.tiny()
+    record = replace(tiny.record, rate=float(FPS), stride=4, history=(-1, 0))
+    VipraPretraining(replace(tiny, record=record, history=(-1, 0))).save_pretrained(tmp_path)
+    meta = LeRobotDataset("local/pushed", root=dataset).meta
+    with pytest.raises(ValueError, match=r"frames \(-1, 0\), the policy is to see \(-4, 0\): give --policy\.history"):
+        make_policy(LeRobotVipraConfig(init=str(tmp_path), device="cpu"), ds_meta=meta)
+    policy = make_policy(LeRobotVipraConfig(init=str(tmp_path), device="cpu", history=[-1, 0]), ds_meta=meta)
+    assert policy.config.observation_delta_indices == [-1, 0]
+
+
+def test_the_learning_rate_is_the_widths_own_unless_given():
+    assert LeRobotVipraConfig(device="cpu", size="tiny").optimizer_lr == 5e-4
+    published = LeRobotVipraConfig(device="cpu", size="published")
+    assert published.optimizer_lr == published.get_scheduler_preset().peak_lr == 4e-5
+    assert LeRobotVipraConfig(device="cpu", size="tiny", optimizer_lr=1e-3).get_optimizer_preset().lr == 1e-3
 
 
 def test_a_dataset_of_another_rate_is_refused_unless_named(dataset, trained, tmp_path):
@@ -233,6 +252,21 @@ def test_pictures_of_other_sizes_are_stretched_as_headrace_does(shape):
     given = stretched(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255, SIZE)
     got = (given[0].permute(1, 2, 0) * 255).round().numpy()
     assert np.abs(got - wanted).max() <= 1 and (got != wanted).mean() < 0.1
+
+
+def test_pictures_are_stretched_in_full_precision_whatever_lerobot_allows(monkeypatch):
+    from lerobot_policy_vipra import stretching
+
+    seen, matrices = [], stretching._matrices
+    before = torch.backends.cuda.matmul.allow_tf32
+    allowed = lambda: torch.backends.cuda.matmul.allow_tf32  # noqa: E731
+    monkeypatch.setattr(stretching, "_matrices", lambda *shape: seen.append(allowed()) or matrices(*shape))
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True  # as lerobot-train and lerobot-eval do
+        stretching.stretched(torch.rand(1, 3, 48, 64), 32)
+        assert seen == [False] and allowed()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def test_options_that_contradict_are_refused(trained, tmp_path):

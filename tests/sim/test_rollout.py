@@ -272,6 +272,20 @@ def test_what_an_environment_tells_about_itself_is_in_the_results(task, tmp_path
         assert results["environment"] == results["tasks"][0]["environment"] == {"port": "toy"}
 
 
+def test_a_folder_of_one_renderer_takes_no_episodes_of_another(task, tmp_path):
+    source = (tmp_path / "toy_simulator.py").read_text()
+    for name in ("gpu", "cpu"):
+        about = f"about = {{'render_backend': '{name}', 'packages': {{'torch': '{name}'}}}}"
+        (tmp_path / f"drawn_by_{name}.py").write_text(source.replace("class Toy:", f"class Toy:\n    {about}"))
+    first, other = (replace(task, environment=f"drawn_by_{name}:Toy") for name in ("gpu", "cpu"))
+    run(first, Pusher(), tmp_path / "out", episodes=1)
+    (tmp_path / "out" / "results.json").unlink()  # as of a run that was killed
+    with pytest.raises(FileExistsError, match=r"another environment \(render_backend: 'gpu' before, 'cpu' now"):
+        run(other, Pusher(), tmp_path / "out", episodes=2)
+    assert len(read_episodes(tmp_path / "out" / "episodes.jsonl")) == 1
+    assert run(first, Pusher(), tmp_path / "out", episodes=2)["episodes"] == 2
+
+
 def test_a_finished_run_that_is_asked_for_again_keeps_what_it_measured(task, tmp_path):
     first = run(task, Pusher(), tmp_path / "out")
     again = run(task, policy := Pusher(), tmp_path / "out")

@@ -45,7 +45,7 @@ def rollout(
         episodes: Episodes per task; episode i starts from seed SEED + i.
         seed: First seed.
         policy_seed: Seed of the policy's own randomness in the first episode, so that it can be varied on the same
-            layouts; the episode's seed by default.
+            layouts; the episode's seed by default. Not for `oracle`, which draws nothing.
         num_envs: Simulator processes.
         out: Results folder; runs/POLICY-DATE by default.
         solver: How the flow is followed; `dopri5` chooses its own steps and needs TOLERANCE and `headrace[ode]`.
@@ -66,6 +66,8 @@ def rollout(
     from headrace.sim.tasks import find_tasks
     from headrace.sim.workers import Simulators, import_ahead
 
+    if policy == "oracle" and policy_seed is not None:
+        raise ValueError("'oracle' is the task's scripted expert and draws nothing: leave out --policy-seed")
     tasks, simulators = find_tasks(task), Simulators()
     if not ray:
         import_ahead(tasks[0])  # while the policy is loaded here

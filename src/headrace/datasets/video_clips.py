@@ -70,7 +70,7 @@ class VideoClips:
             raise ValueError("a corpus needs at least one source of videos")
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
-            raise ValueError(f"sources must have different names, got {', '.join(names)}; give a name to each")
+            raise ValueError(f"sources must have different names, got {', '.join(names)}; `open_sources` gives them")
         if decode not in ("cache", "stream"):
             raise ValueError(f"unknown decode {decode!r} (known: cache, stream)")
         self.sources = tuple(sources)

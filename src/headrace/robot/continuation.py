@@ -98,7 +98,10 @@ def sample_after(
     """
     model.decoder.require(solver)
     if model.decoder.config.features == "hold":
-        raise ValueError("a chunk cannot be continued with held features; load the policy with features='full'")
+        raise ValueError(
+            "a chunk cannot be continued with held features: ask for one without a prefix, or set `features` of "
+            "`decoder` from 'hold' to 'full' in the policy's config.json"
+        )
     with torch.no_grad():
         seen = model.compute_prefix(inputs)
         wanted = model.normalize_action(prefix.to(noise))

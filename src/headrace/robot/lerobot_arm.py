@@ -6,6 +6,8 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -90,7 +92,11 @@ class LeRobotArm:
         return np.array([sent[key] for key in request], dtype=float)
 
     def close(self) -> None:
-        """Close the bus and give the lock back, whatever state the bus is in; what goes wrong is logged."""
+        """Close bus and cameras and give the lock back, whatever state they are in; what goes wrong is logged.
+
+        LeRobot closes nothing where a single camera is missing or was pulled, and would leave the torque on; bus and
+        cameras are then closed one by one.
+        """
         try:  # also where the robot says that it is not connected: half of it may be
             self.robot.disconnect()
         except Exception as error:
@@ -101,10 +107,35 @@ class LeRobotArm:
                 type(error).__name__,
                 error,
             )
+            if self._lock is not None:
+                self._close_parts()
         finally:
             if self._lock is not None:
                 self._lock.close()
                 self._lock = None
+
+    def _close_parts(self) -> None:
+        """Close each bus, its torque as the robot's config says, and each camera, of one arm or of a pair."""
+        pair = (getattr(self.robot, side, None) for side in ("left_arm", "right_arm"))
+        for arm in (self.robot, *(one for one in pair if one is not None)):
+            config, bus = getattr(arm, "config", None), getattr(arm, "bus", None)
+            if getattr(bus, "is_connected", False):
+                torque_off = getattr(config, "disable_torque_on_disconnect", True)
+                if not _attempt(partial(bus.disconnect, torque_off)) and torque_off:
+                    log.warning("%s: the torque could not be switched off", self._port)
+                    _attempt(partial(bus.disconnect, False))  # the port must be free all the same
+            for camera in (getattr(arm, "cameras", None) or {}).values():
+                _attempt(camera.disconnect)
+
+
+def _attempt(close: Callable[[], None]) -> bool:
+    """Whether a part could be closed; why not is logged."""
+    try:
+        close()
+    except Exception as error:  # whatever a driver raises, the other parts must be closed
+        log.debug("%s: %s", type(error).__name__, error)
+        return False
+    return True
 
 
 def _take_lock(port: str) -> IO[str]:

@@ -215,7 +215,7 @@ class FlowPolicy(NetworkPolicy):
         """Chunks that continue `prefix`, raw, (B, P, A) or (P, A), of which `delay` rows are executed in any case.
 
         Raises:
-            ValueError: As `act`, or a prefix of another shape.
+            ValueError: As `act`, a prefix of another shape, or a policy that cannot (see `continues`).
         """
         rows = torch.from_numpy(np.asarray(prefix, np.float32)).to(self.device)
         rows = rows.expand(len(slots), *rows.shape[-2:])

@@ -81,6 +81,11 @@ class ManiSkillEnvironment:
         self.state_names = tuple(f"{name}.{i}" for name, count in STATE_PARTS for i in range(count))
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What a result must say about this environment; JSON-ready."""
+        return {"render_backend": str(self.base.backend.render_backend)}
+
+    @property
     def drawing(self) -> bool:
         """Whether observations have pictures; leaving them out makes a step ten times faster on a processor."""
         return self.render and self.base.obs_mode == "rgb"

@@ -16,7 +16,15 @@ from tqdm import tqdm
 from headrace.contracts import ActionSpec, EpisodesLost, Observation, Policy, look_back, needs_of, require_same_spec
 from headrace.sim.episode import LONGEST_LOOK_BACK, Episode
 from headrace.sim.results import hardware, summarise, total, versions
-from headrace.sim.run_folder import append_line, check_same_run, claim, read_episodes, read_json, write_json
+from headrace.sim.run_folder import (
+    append_line,
+    check_same_environment,
+    check_same_run,
+    claim,
+    read_episodes,
+    read_json,
+    write_json,
+)
 from headrace.sim.success import SuccessRule
 from headrace.sim.tasks import Task, require_ready
 from headrace.sim.workers import Simulators, Worker, WorkerFailed, ready
@@ -93,7 +101,11 @@ class Rollout:
         self.made = 0
 
     def run(self) -> list[dict[str, Any]]:
-        """Run all episodes that the folder does not hold yet; returns every row, in order of the seeds."""
+        """Run all episodes that the folder does not hold yet; returns every row, in order of the seeds.
+
+        Raises:
+            FileExistsError: The folder's episodes of this task are of another environment.
+        """
         path = self.folder / EPISODES_FILE
         wanted = range(self.settings.seed, self.settings.seed + self.settings.episodes)
         rows = [r for r in read_episodes(path) if r["task"] == self.task.name and r["seed"] in wanted]
@@ -101,7 +113,12 @@ class Rollout:
         waiting = deque((n, s) for n, s in enumerate(wanted) if s not in done)
         if waiting:
             bar = tqdm(total=len(wanted), initial=len(done), desc=self.task.name, unit="episode", mininterval=0.5)
+            checked: dict[str, Any] = {}
             for row in self.episodes(waiting):
+                about = self.described.get("about", {})
+                if about != checked:
+                    check_same_environment(self.folder, self.task.name, about)
+                    checked = about
                 append_line(path, row)
                 rows.append(row)
                 if row["note"]:  # here, not where it is made: that may be a worker whose log nobody reads
@@ -301,7 +318,7 @@ def roll_out(
         simulators: Processes that are there already; they are closed at the end.
 
     Raises:
-        FileExistsError: The folder is in use, or holds another run.
+        FileExistsError: The folder is in use, holds another run, or episodes of another environment.
         SpecMismatch: The policy's action convention differs from an environment's, or it needs other cameras, pictures
             or states.
         FileNotFoundError: A task's files are not here; no task is begun then.

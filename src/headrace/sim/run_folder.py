@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 RUN_FILE = "run.json"
-
 LOCK_FILE = ".lock"
 
 
@@ -93,3 +92,29 @@ def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
             )
     else:
         write_json(path, identity)
+
+
+def check_same_environment(folder: Path, task: str, about: dict[str, Any]) -> None:
+    """Refuse to add episodes of another environment, such as another renderer's, to those of a task that are there.
+
+    What the first call for a task is told is kept in the folder's `run.json`; versions of packages may differ.
+
+    Raises:
+        FileExistsError: Names what differs.
+    """
+    run = read_json(folder / RUN_FILE)
+    known = run.get("environments", {})
+    if task not in known:
+        write_json(folder / RUN_FILE, {**run, "environments": {**known, task: about}})
+        return
+    told = json.loads(json.dumps(about))
+    differing = [
+        f"{key}: {before!r} before, {told[key]!r} now"
+        for key, before in known[task].items()
+        if key != "packages" and key in told and told[key] != before
+    ]
+    if differing:
+        raise FileExistsError(
+            f"the episodes of {task} in {folder} are of another environment ({'; '.join(differing)}). "
+            "Go on where they were made, or give a new --out."
+        )

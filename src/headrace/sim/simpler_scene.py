@@ -174,7 +174,6 @@ class SimplerScene:
             "steps": self.task.steps,
             "control_rate": self.spec.rate,
             "rotation": self.spec.rotation,
-            "success_rule": "last step",
             "state_names": list(STATE_NAMES),
             "packages": {name: _version(name) for name in ("mani-skill", "sapien", "torch", "numpy")},
         }

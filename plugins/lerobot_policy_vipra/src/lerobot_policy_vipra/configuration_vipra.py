@@ -40,7 +40,7 @@ class LeRobotVipraConfig(PreTrainedConfig):
     rtc_config: RTCConfig | None = None
     fast_pictures: bool = True
     dtype: str = "float32"
-    optimizer_lr: float = 3e-4
+    optimizer_lr: float | None = None
     optimizer_weight_decay: float = 1e-4
     scheduler_warmup_steps: int = 200
     scheduler_decay_steps: int = 30_000
@@ -70,6 +70,10 @@ class LeRobotVipraConfig(PreTrainedConfig):
             if getattr(self, name) not in (None, value):
                 raise ValueError(f"the network has {name} {value}, the options say {getattr(self, name)}")
             setattr(self, name, value)
+        if self.optimizer_lr is None:
+            from headrace.robot.finetune import usual_lr
+
+            self.optimizer_lr = usual_lr(built)
         self.n_obs_steps = len(built.history)
         self.n_action_steps = self.n_action_steps or max(1, built.decoder.horizon // 2)
         if not 1 <= self.n_action_steps <= built.decoder.horizon:

@@ -25,6 +25,7 @@ from headrace.robot.lerobot_checkpoint import PREFIX, load_network, network_conf
 from headrace.robot.policy import settle
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
+from headrace.robot.vipra_config import PretrainingRecord
 from headrace.robot.vipra_pretraining import VipraPretraining
 from headrace.vlm.text_tokenizer import TOKENIZER_FOLDER
 from lerobot_policy_vipra.configuration_vipra import LeRobotVipraConfig
@@ -38,6 +39,7 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
     Args:
         config: With features; where it has no network yet, one is made from them and from `dataset_meta`.
         dataset_stats, dataset_meta: Of the dataset that is trained on; not needed by a saved policy.
+        saved: The weights follow from a saved policy, so what `config.init` names is not read.
 
     Raises:
         GridMismatch: `config.init` was straightened for another grid than `num_inference_steps` equal steps.
@@ -55,11 +57,13 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         *,
         dataset_stats: dict[str, Any] | None = None,
         dataset_meta: Any | None = None,
+        saved: bool = False,
         **_: Any,
     ) -> None:
         super().__init__(config)
         config.validate_features()
-        seen = config.pretraining() if config.pretrained_path is None else None
+        begins = not saved and config.pretrained_path is None
+        seen = config.pretraining() if begins else None
         if not config.network:
             config.set_network(from_features(config, dataset_stats, dataset_meta))
         ours = self._effective(network_config({"network": config.network}))
@@ -70,10 +74,10 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         self.solver = SolverSettings(method="euler", steps=config.num_inference_steps)
         if seen is not None:
             rate = ours.action_spec.rate
-            require_same_conditions(seen.record, history=ours.history, rate=rate, override=tuple(config.override))
+            require_pretraining(config, seen.record, ours.history, rate)
             source = VipraPretraining.from_pretrained(resolve_folder(config.init))
             carry_over(source, self.model, frames_per_step=seen.record.frames_per_step(rate))
-        elif config.init is not None and config.pretrained_path is None:
+        elif config.init is not None and begins:
             trained = load_network(config.init)
             self.solver = settings_for(resolve_folder(config.init), self.solver)
             self.model.load_state_dict(trained.state_dict())
@@ -92,6 +96,11 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         )
         self.config.set_network(ours)
         return ours
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, **options: Any) -> "LeRobotVipraPolicy":
+        """As LeRobot's; the folder holds all weights, so what the policy began from need not be on this machine."""
+        return super().from_pretrained(pretrained_name_or_path, saved=True, **options)
 
     @classmethod
     def _load_as_safetensor(
@@ -126,8 +135,8 @@ class LeRobotVipraPolicy(PreTrainedPolicy):
         self._frames: deque[Tensor] = deque(maxlen=1 - self.model.config.history[0])
 
     def supports_rtc(self) -> bool:
-        """Chunks can continue the one being executed."""
-        return True
+        """Whether chunks can continue the one being executed: not with a decoder that holds its features."""
+        return self.model.config.decoder.features != "hold"
 
     def init_rtc_processor(self) -> None:
         """LeRobot calls this when it has set `config.rtc_config`; the guidance is ours and reads it from there."""
@@ -291,6 +300,29 @@ def require_rate(config: LeRobotVipraConfig, ours: VipraConfig, fps: float) -> N
         raise ValueError(
             f"the network acts {rate:g} times a second, the dataset has {fps:g} frames a second; resample it, or name "
             """the difference: --policy.override='["rate"]'"""
+        )
+
+
+def require_pretraining(
+    config: LeRobotVipraConfig, record: PretrainingRecord, history: tuple[int, ...], rate: float
+) -> None:
+    """Refuse another rate or history than pretraining's, by the names of the plugin's options.
+
+    LeRobot cuts its windows before it tells the dataset's rate, so the default history is that for the videos' rate.
+
+    Raises:
+        ValueError: They differ, and `--policy.override` does not say that it is meant.
+    """
+    wanted = record.history_at(rate)
+    try:
+        require_same_conditions(record, history=wanted, rate=rate, override=tuple(config.override))
+    except ValueError as error:
+        raise ValueError(f"""{error} (here --policy.override='["rate"]')""") from error
+    if history != wanted and "history" not in config.override:
+        raise ValueError(
+            f"at {rate:g} frames a second the network was pretrained on frames {wanted}, the policy is to see "
+            f"{history}: give --policy.history='{list(wanted)}', or name the difference: "
+            """--policy.override='["history"]'"""
         )
 
 

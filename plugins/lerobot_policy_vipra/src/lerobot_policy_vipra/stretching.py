@@ -1,5 +1,7 @@
 """Pictures stretched as headrace's own readers do it, by OpenCV's area averaging, on whatever device they are."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import cv2
@@ -13,9 +15,21 @@ def stretched(pictures: Tensor, size: int) -> Tensor:
     high, wide = pictures.shape[-2:]
     if (high, wide) == (size, size):
         return pictures
-    down, across = (matrix.to(pictures.device) for matrix in _matrices(high, wide, size))
-    with torch.autocast(pictures.device.type, enabled=False):  # half precision would lose grey levels
+    with _full_precision(pictures.device.type):
+        down, across = (matrix.to(pictures.device) for matrix in _matrices(high, wide, size))
         return down @ pictures.float() @ across.T
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    """Products in float32 as written: autocast's half precision, and TF32, which LeRobot allows, lose grey levels."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @lru_cache(maxsize=32)
