@@ -125,10 +125,6 @@ def test_the_frame_is_learned_and_the_saved_policy_knows_nothing_of_it(folder, t
     model, data = with_frame(folder, head=head, bins=8)
     assert isinstance(model, PolicyWithFrame)
     before = dict(model.policy.state_dict())
-    if head == "flow":
-        model.policy.save_pretrained(tmp_path / "before")
-        untouched = chunk(FlowPolicy(prepare([folder / "demos"], Start(init=str(tmp_path / "before"))).model.eval()))
-        np.testing.assert_array_equal(chunk(load_policy(str(tmp_path / "before"))), untouched)
     settings = replace(SETTINGS, steps=16, lr=4e-3, checkpoint_every=16, move=0)
     train_policy(model, data, settings, tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
