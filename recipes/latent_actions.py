@@ -7,14 +7,16 @@ no such states there is no probe.
 
     python recipes/latent_actions.py --data data/PickCube-v1 data/PushCube-v1 data/StackCube-v1 --out runs/lam
 
-`--flow 0` is the same run without the optical-flow term. The last line printed is JSON; it is in `report.json` as well.
+`--flow 0` is the same run without the optical-flow term. `--preset vipra`, `lapa`, `univla` or `moto` trains one of the
+published settings instead of the flags', at tiny size or, with `--size published`, at its own (for a GPU; `--features`
+takes DINOv2's weights). The last line printed is JSON; it is in `report.json` as well.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,37 +36,114 @@ from headrace.robot.latent_action_transfer import carry_over, write_page
 from headrace.training.loop import fit
 from headrace.training.schedule import Schedule
 
+# What a preset decides, and the values without one.
+DECIDED: dict[str, Any] = {
+    "frames": 4,
+    "image_size": 64,
+    "patch": 16,
+    "width": 128,
+    "tokens": 4,
+    "codes": 8,
+    "distance": "mse",
+    "unquantized": 0.3,
+    "differences": True,
+    "unit_rows": True,
+}
+PRESETS = {
+    "vipra": LatentActionConfig,
+    "lapa": LatentActionConfig.lapa,
+    "univla": LatentActionConfig.univla,
+    "moto": LatentActionConfig.moto,
+}
+LATER = ("preset", "size", "features")  # not among the facts of a run without a preset, so that older ones go on
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Settings of the run; all numbers of the report follow from them."""
+    """Settings of the run; all numbers of the report follow from them. None is decided by `filled`."""
 
     data: tuple[str, ...]  # LeRobot datasets or folders of video files
     weights: tuple[float, ...] = ()  # share of each of them in the batches; by number of videos if empty
     out: Path
     steps: int = 600
     batch_size: int = 32
-    frames: int = 4
-    image_size: int = 64
+    preset: Literal["none", "vipra", "lapa", "univla", "moto"] = "none"  # a published setting in place of the flags
+    size: Literal["tiny", "published"] = "tiny"  # of a preset
+    features: Path | None = None  # DINOv2's own checkpoint, for the presets of published size that look through it
+    frames: int | None = None  # 4 without a preset
+    image_size: int | None = None  # 64
     window: tuple[float, float, float] | None = None  # left, top, side of what is seen, as shares of the picture
-    patch: int = 16
-    width: int = 128
-    tokens: int = 4
-    codes: int = 8
+    patch: int | None = None  # 16
+    width: int | None = None  # 128
+    tokens: int | None = None  # 4
+    codes: int | None = None  # 8
     stride: int = 1
     lr: float = 1e-3
-    distance: Literal["l1", "mse"] = "mse"
-    flow: float = 0.1  # final weight of the optical-flow term; 0 switches it off
-    unquantized: float = 0.3  # share of the run before codes take the place of the encoder's rows
-    differences: bool = True  # transitions from differences of frame features, as in LAPA
-    unit_rows: bool = True  # rows as large as the codes
+    distance: Literal["l1", "mse"] | None = None  # mse
+    flow: float | None = (
+        None  # final weight of the optical-flow term, 0 switches it off; 0.1, and 0 with pairs of frames
+    )
+    unquantized: float | None = None  # share of the run before codes take the place of the encoder's rows; 0.3
+    differences: bool | None = None  # transitions from differences of frame features, as in LAPA; True
+    unit_rows: bool | None = None  # rows as large as the codes; True
     held_out: int = 4  # every n-th episode is kept from training
     state_prefix: str = "tcp."  # names of the states that are the end effector's position
     seed: int = 0
     resume: bool = False
 
 
+def published(recipe: Recipe) -> LatentActionConfig:
+    """The preset's model, at the size that is asked for."""
+    config = PRESETS[recipe.preset]()
+    return config if recipe.size == "published" else config.at_tiny_size()
+
+
+def filled(recipe: Recipe) -> Recipe:
+    """The recipe with every number that was not given: the preset's, or those of `DECIDED`.
+
+    Raises:
+        ValueError: A preset and a flag that it decides, a size or weights without a preset, weights that are missing
+            or have no place, or the optical-flow term on pairs of frames.
+    """
+    if recipe.preset == "none":
+        if recipe.size != "tiny" or recipe.features is not None:
+            raise ValueError("--size and --features belong to a --preset; give one, or leave them out")
+        values = {"flow": 0.1, **DECIDED}
+    else:
+        given = [f"--{name.replace('_', '-')}" for name in DECIDED if getattr(recipe, name) is not None]
+        if given:
+            raise ValueError(f"--preset {recipe.preset} decides {', '.join(given)}; leave them out, or the preset")
+        config = published(recipe)
+        values = {
+            "frames": config.frames,
+            "image_size": config.image_size,
+            "patch": config.features.patch,
+            "width": config.encoder.width,
+            "tokens": config.tokens,
+            "codes": config.quantizer.codes,
+            "distance": "l1" if recipe.preset == "vipra" else "mse",
+            "unquantized": 0.0,
+            "differences": config.differences,
+            "unit_rows": config.unit_rows,
+            "flow": 0.1 if config.frames > 2 else 0.0,
+        }
+        if config.frames == 2 and recipe.flow:
+            raise ValueError(f"--preset {recipe.preset} predicts one frame of a pair: no motion to compare; --flow 0")
+        sees = config.features.kind == "timm"
+        if recipe.features is not None and not sees:
+            raise ValueError(f"--preset {recipe.preset} at {recipe.size} size has no DINOv2; leave out --features")
+        if recipe.features is None and sees and config.features.frozen:
+            raise ValueError(
+                f"--preset {recipe.preset} looks through a frozen DINOv2: give its weights, --features PATH, or take "
+                "--size tiny"
+            )
+    return replace(recipe, **{name: value for name, value in values.items() if getattr(recipe, name) is None})
+
+
 def config_of(recipe: Recipe) -> LatentActionConfig:
+    """The model of a filled recipe."""
+    if recipe.preset != "none":
+        return replace(published(recipe), window=recipe.window)
     tiny = LatentActionConfig.tiny(image_size=recipe.image_size, patch=recipe.patch)
     return replace(
         tiny,
@@ -139,13 +218,17 @@ def show_transfer(model: LatentActionModel, held_out: VideoClips, recipe: Recipe
 
 
 def main(recipe: Recipe) -> None:
+    recipe = filled(recipe)
     torch.manual_seed(recipe.seed)
     training, held_out = split(recipe)
     config = config_of(recipe)
     if len({source.rate for source in training.sources}) == 1:
         config = replace(config, fps=training.sources[0].rate)
     model = LatentActionModel(config)
-    optimizer = torch.optim.AdamW(model.optimizer_groups(recipe.lr, features_factor=1.0), weight_decay=0.0)
+    if recipe.features is not None:
+        model.encoder.features.load_dinov2(recipe.features)
+    slow = 0.1 if config.features.kind == "timm" else 1.0  # trained weights learn on slowly, as published
+    optimizer = torch.optim.AdamW(model.optimizer_groups(recipe.lr, features_factor=slow), weight_decay=0.0)
     weights = LatentActionLossConfig(
         distance=recipe.distance,
         perceptual=0.0,
@@ -153,7 +236,9 @@ def main(recipe: Recipe) -> None:
         flow=LossSchedule(start=recipe.steps // 5, ramp=max(1, recipe.steps // 20), weight=recipe.flow),
     )
     loss = LatentActionLoss(weights, estimate=LucasKanade(steps=2) if recipe.flow else None)
-    settings = {k: v for k, v in asdict(recipe).items() if k not in ("out", "resume", "steps")}
+    hidden = ("out", "resume", "steps", *(LATER if recipe.preset == "none" else ()))
+    facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()}
+    settings = {k: v for k, v in facts.items() if k not in hidden}
     fitted = fit(
         model,
         LatentActionObjective(
@@ -180,14 +265,15 @@ def main(recipe: Recipe) -> None:
     parts = [end_effector(part, recipe.state_prefix) for part in (training, held_out)]
     positions = None if parts[0] is None or parts[1] is None else parts[0] | parts[1]
     report = {
-        "recipe": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(recipe).items()},
+        "recipe": facts,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": fitted.seconds,
         "last_loss": sum(fitted.losses[-20:]) / len(fitted.losses[-20:]) if fitted.losses else math.nan,
         **judge(model, training, held_out, positions)._asdict(),
     }
     (recipe.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    show_transfer(model, held_out, recipe)
+    if config.target == "pixels":
+        show_transfer(model, held_out, recipe)
     print(json.dumps(report))
 
 

@@ -4,7 +4,9 @@
 
 The story's folder must hold `pretrain_ls_la` and, for the other columns, `pretrain_la`, `pretrain_ls`,
 `pretrain_ls_la1` (`story.py --only pretrain --fields la`). One policy learns all tasks from the budget's demonstrations
-of each; `scratch` is the same network with freshly drawn weights. All columns get the same fine-tuning updates.
+of each; `scratch` is the same network with freshly drawn weights. `sp3` is `la` that predicts the future frame while
+fine-tuning, with a new head; `ls_la_frame`, only if named in `--arms`, is `ls_la` that goes on predicting it. All
+columns get the same fine-tuning updates.
 
 A cell that is done is not run again, so the command may be given again after a kill, or with more seeds; one that was
 done, or begun, with other settings is refused. `table.md` is written after every cell; `cells.jsonl` beside it has one
@@ -14,21 +16,42 @@ line per cell and task.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
 from headrace.nn.fingerprint import folder_fingerprint
 from headrace.robot.chunking import RecedingHorizon
 from headrace.robot.finetune import FinetuneSettings, train_policy
+from headrace.robot.frame_beside import PolicyWithFrame, open_frames, predict_frame
 from headrace.robot.policy import load_policy
 from headrace.robot.policy_start import Start, prepare
+from headrace.robot.vipra import VipraPolicy
+from headrace.robot.vipra_bins import VipraBins
 from headrace.sim.rollout import RolloutSettings, roll_out
 from headrace.sim.run_folder import write_json
 from headrace.sim.statistics import wilson_interval
 from headrace.sim.tasks import find_task
 
-ARMS = ("scratch", "ls_la", "la", "ls", "ls_la1")
+
+class Arm(NamedTuple):
+    """A column: which pretraining, whether its weights are taken over, the future frame's weight in fine-tuning."""
+
+    fields: str
+    carry: bool = True
+    frame: float = 0.0
+    new_head: bool = False
+
+
+ARMS = {
+    "scratch": Arm("ls_la", carry=False),
+    "ls_la": Arm("ls_la"),
+    "la": Arm("la"),
+    "ls": Arm("ls"),
+    "ls_la1": Arm("ls_la1"),
+    "sp3": Arm("la", frame=1.0, new_head=True),
+    "ls_la_frame": Arm("ls_la", frame=1.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +65,8 @@ class Table:
         demonstrations: Datasets, one per task, in place of the story's.
         budgets: Demonstrations per task.
         arms: Columns, names of `ARMS`.
+        tokenizer: Frame tokenizer for the columns that predict the future frame in fine-tuning; the story's if not
+            given. Another one than pretraining's is refused.
         seeds: Of fine-tuning.
         steps, batch_size, lr: Of fine-tuning, the same for all.
         horizon: Actions of a chunk, at the control rate.
@@ -54,7 +79,8 @@ class Table:
     tasks: tuple[str, ...] = ("PushCube-v1", "PickCube-v1", "StackCube-v1")
     demonstrations: tuple[str, ...] = ()
     budgets: tuple[int, ...] = (25, 50, 100)
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = ("scratch", "ls_la", "la", "ls", "ls_la1", "sp3")
+    tokenizer: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     steps: int = 2000
     batch_size: int = 64
@@ -89,16 +115,21 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
         if wrong:
             raise ValueError(f"{done} was run with {'; '.join(wrong)}: give the same settings, or a new --out")
         return found["rows"]
-    fields = "ls_la" if arm == "scratch" else arm
+    kind = ARMS[arm]
     start = Start(
-        init=str(table.story / f"pretrain_{fields}" / "model"),
-        carry=arm != "scratch",
+        init=str(table.story / f"pretrain_{kind.fields}" / "model"),
+        carry=kind.carry,
         demonstrations=budget,
         horizon=table.horizon,
         seed=seed,
     )
     sources = table.demonstrations or tuple(str(table.story / "demonstrations" / task) for task in table.tasks)
-    model, data, _ = prepare(sources, start)
+    policy, data, _ = prepare(sources, start)
+    model: VipraPolicy | VipraBins | PolicyWithFrame = policy
+    if kind.frame:
+        tokenizer = table.tokenizer or table.story / "tokenizer" / "model"
+        frames = open_frames(start.init, tokenizer, new_head=kind.new_head)
+        model, data = predict_frame(policy, data, frames, kind.frame)
     settings = FinetuneSettings(
         steps=table.steps, batch_size=table.batch_size, lr=table.lr, seed=seed, ema=0.998, checkpoint_every=200
     )
@@ -106,10 +137,10 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
     trained_by = {"arm": arm, "budget": budget, "init": folder_fingerprint(Path(start.init))}
     trained_by |= {name: own[name] for name in ("story", "tasks", "demonstrations", "horizon")}
     fitted = train_policy(model, data, settings, folder / "training", resume=resume, facts=trained_by)
-    policy = RecedingHorizon(load_policy(str(folder / "training" / "model")), table.execute)
+    actor = RecedingHorizon(load_policy(str(folder / "training" / "model")), table.execute)
     results = roll_out(
         [find_task(task) for task in table.tasks],
-        policy,
+        actor,
         RolloutSettings(episodes=table.episodes, seed=0, num_envs=table.processes, videos=0),
         folder / "rollout",
         policy_name=f"{arm}_{budget}_{seed}",

@@ -71,5 +71,16 @@ def test_videos_become_a_policy_that_remembers_them(folder, tmp_path, capsys):
         assert finetune(dataset=data, out=out, init=init, lam=folder / "lam", steps=2, batch_size=4) == 0
         assert load_policy(str(out / "model")).model.config.pretraining.lam_hash == record.lam_hash
     assert "fresh: decoder, proprio" in capsys.readouterr().out
+    framed = {"dataset": data, "steps": 2, "batch_size": 4, "predict_frame": 1.0}
+    with pytest.raises(ValueError, match="needs --tokenizer"):
+        finetune(**framed, out=tmp_path / "no", init=init)
+    with pytest.raises(ValueError, match="belong to --predict-frame"):
+        finetune(dataset=data, out=tmp_path / "no", init=init, tokenizer=str(folder / "tokenizer"))
+    for name, new in (("pictures", False), ("ids", False), ("la", True)):
+        out, own = tmp_path / f"framed_{name}", str(tmp_path / name / "model")
+        assert finetune(**framed, out=out, init=own, tokenizer=str(folder / "tokenizer"), new_frame_head=new) == 0
+        logged = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+        assert {"action", "frame", "frame_right"} <= set(logged)
+        assert load_policy(str(out / "model")).model.config.pretraining.future != new
     with pytest.raises(ValueError, match="not of"):
         finetune(dataset=data, out=tmp_path / "no", init=init, lam=folder / "other_lam", steps=2)

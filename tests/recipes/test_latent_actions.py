@@ -3,12 +3,63 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return runpy.run_path(str(ROOT / "recipes" / "latent_actions.py"))
+
+
+def test_a_preset_is_the_published_setting_and_refuses_what_it_decides(recipe, tmp_path):
+    from headrace.robot.latent_action_config import LatentActionConfig
+
+    filled, model = recipe["filled"], recipe["config_of"]
+    plain = filled(recipe["Recipe"](data=("x",), out=tmp_path, width=32))
+    assert (plain.width, plain.frames, plain.distance, plain.flow) == (32, 4, "mse", 0.1)
+    window = (0.2, 0.3, 0.5)
+    for name, tiny in (("vipra", (8, 4, 8, "l1", 0.1)), ("lapa", (2, 4, 8, "mse", 0.0)),
+                       ("univla", (2, 4, 16, "mse", 0.0)), ("moto", (2, 8, 128, "mse", 0.0))):  # fmt: skip
+        given = recipe["Recipe"](data=("x",), out=tmp_path, preset=name, window=window)
+        full = filled(given)
+        assert (full.frames, full.tokens, full.codes, full.distance, full.flow) == tiny
+        config = model(full)
+        assert (config.image_size, config.encoder.width, config.window) == (64, 192, window)
+        assert (config.frames, config.tokens, config.quantizer.codes) == tiny[:3]
+        with pytest.raises(ValueError, match=f"--preset {name} decides --tokens, --unit-rows; leave them out"):
+            filled(replace(given, tokens=4, unit_rows=False))
+    assert LatentActionConfig().at_tiny_size() == LatentActionConfig.tiny()
+    big = recipe["Recipe"](data=("x",), out=tmp_path, preset="lapa", size="published")
+    assert model(filled(big)) == LatentActionConfig.lapa()
+    assert filled(replace(big, preset="vipra")).patch == 14
+    for wrong, message in (
+        ({"preset": "univla"}, "frozen DINOv2: give its weights"),
+        ({"preset": "none"}, "belong to a --preset"),
+        ({"flow": 0.1}, "one frame of a pair"),
+        ({"features": tmp_path}, "has no DINOv2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            filled(replace(big, **wrong))
+
+
+def test_the_benchmark_reads_reports_of_its_own_settings_only(tmp_path, capsys):
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "latent_actions.py"))
+    settings = benchmark["Settings"](data=("a",), out=tmp_path, seeds=(0,), stride=4, width=96, flow=0.0)
+    (tmp_path / "flow0-seed0").mkdir()
+    recipe = {"steps": 600, "batch_size": 32, "lr": 1e-3, "stride": 4, "width": 96, "tokens": 4, "flow": 0.0, "seed": 0}
+    recipe |= {"data": ["a"], "window": list(settings.window)}
+    report = {"recipe": recipe, **dict.fromkeys(benchmark["COLUMNS"], 0.25)}
+    (tmp_path / "flow0-seed0" / "report.json").write_text(json.dumps(report))
+    benchmark["main"](settings)
+    assert "| without | 0.250 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was run with stride 4, now 1: give the same"):
+        benchmark["main"](replace(settings, stride=1))
 
 
 @pytest.mark.slow
@@ -53,7 +104,7 @@ def test_the_recipe_trains_judges_and_saves(tmp_path):
 
 
 @pytest.mark.slow
-def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path, monkeypatch):
+def test_folders_of_video_files_train_by_weight_and_have_no_probe(recipe, tmp_path, monkeypatch):
     import av
 
     random = np.random.default_rng(0)
@@ -69,7 +120,6 @@ def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path, monk
                     container.mux(stream.encode(frame))
                 container.mux(stream.encode())
     monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path / "cache"))
-    recipe = runpy.run_path(str(ROOT / "recipes" / "latent_actions.py"))
     data = tuple(str(tmp_path / place / "clips") for place in ("left", "right"))
     small = {"steps": 2, "batch_size": 4, "width": 32, "image_size": 32, "held_out": 3}
     recipe["main"](recipe["Recipe"](data=data, weights=(1, 3), out=tmp_path / "run", **small))
@@ -77,3 +127,9 @@ def test_folders_of_video_files_train_by_weight_and_have_no_probe(tmp_path, monk
     assert report["probe"] is None and report["transitions"] > 0
     logged = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert {"used", "perplexity", "dead"} <= set(logged)
+    for preset in ("univla", "moto"):
+        few = {"steps": 2, "batch_size": 4, "held_out": 3, "preset": preset}
+        recipe["main"](recipe["Recipe"](data=data, out=tmp_path / preset, **few))
+        report = json.loads((tmp_path / preset / "report.json").read_text())
+        assert (report["own"] is None) == (preset == "univla") and 0 < report["used"] <= 1
+        assert (tmp_path / preset / "transfer.html").is_file() == (preset == "moto")

@@ -21,6 +21,9 @@ def finetune(
     override: tuple[Literal["history", "rate"], ...] = (),
     lam: Path | None = None,
     lora: int = 0,
+    predict_frame: float = 0.0,
+    tokenizer: str | None = None,
+    new_frame_head: bool = False,
     steps: int = 10_000,
     batch_size: int = 64,
     lr: float | None = None,
@@ -49,6 +52,11 @@ def finetune(
         override: Differences from pretraining that are wanted.
         lam: Latent action model that the pretraining must have learned from; another one is refused.
         lora: Rank of low-rank adapters on the transformer, which then stays as it is; 0 trains everything.
+        predict_frame: Weight of the future frame, predicted beside the actions while training (the released code: 1);
+            0 for none, as in the paper's best. The policy that is saved has no part in it.
+        tokenizer: With `predict_frame`, the frame tokenizer of the pretraining: a folder or Hub id.
+        new_frame_head: With `predict_frame`, begin a new head on a network pretrained without the future frame (fields
+            `la`): the paper's SP3.
         steps: Updates.
         batch_size: Samples per update, over all processes.
         lr: Peak learning rate; by default 5e-4, and 4e-5 for networks as wide as the published one.
@@ -59,11 +67,22 @@ def finetune(
     """
     from headrace.robot.carry_over import parameter_share
     from headrace.robot.finetune import FinetuneSettings, train_policy, usual_lr
+    from headrace.robot.frame_beside import PolicyWithFrame, open_frames
+    from headrace.robot.frame_beside import predict_frame as beside
     from headrace.robot.label_clips import model_hash
     from headrace.robot.latent_action import LatentActionModel
     from headrace.robot.lora import LoraSettings, add_adapters
     from headrace.robot.policy_start import Start, prepare
+    from headrace.robot.vipra import VipraPolicy
+    from headrace.robot.vipra_bins import VipraBins
 
+    frames = None
+    if predict_frame:
+        if tokenizer is None:
+            raise ValueError("--predict-frame needs --tokenizer, the frame tokenizer of the pretraining")
+        frames = open_frames(init, tokenizer, new_head=new_frame_head)
+    elif tokenizer is not None or new_frame_head:
+        raise ValueError("--tokenizer and --new-frame-head belong to --predict-frame WEIGHT; give it too or leave them")
     start = Start(
         init=init,
         size=size,
@@ -79,14 +98,17 @@ def finetune(
         lam_hash=None if lam is None else model_hash(LatentActionModel.from_pretrained(lam)),
         seed=seed,
     )
-    model, data, report = prepare(dataset, start)
+    policy, data, report = prepare(dataset, start)
     if report is not None:
-        print(f"{parameter_share(report, model):.0%} of the numbers are from {init}; fresh: {_heads(report.fresh)}")
+        print(f"{parameter_share(report, policy):.0%} of the numbers are from {init}; fresh: {_heads(report.fresh)}")
     if lora:
-        print(f"{add_adapters(model, LoraSettings(rank=lora, alpha=2 * lora)):,} numbers in adapters of rank {lora}")
-    lr = usual_lr(model.config) if lr is None else lr
+        print(f"{add_adapters(policy, LoraSettings(rank=lora, alpha=2 * lora)):,} numbers in adapters of rank {lora}")
+    lr = usual_lr(policy.config) if lr is None else lr
     settings = FinetuneSettings(steps=steps, batch_size=batch_size, lr=lr, seed=seed, precision=precision)
     facts = {"dataset": list(dataset), "init": init, "demonstrations": demonstrations, "lora": lora}
+    model: VipraPolicy | VipraBins | PolicyWithFrame = policy
+    if frames is not None:
+        model, data = beside(policy, data, frames, predict_frame)
     fitted = train_policy(model, data, settings, out, resume=resume, trackers=track, facts=facts)
     print(f"{fitted.step} updates in {fitted.seconds:.0f} s; the policy: {out / 'model'}")
     print(f"try it: headrace rollout {out / 'model'} --task TASK --episodes 24")

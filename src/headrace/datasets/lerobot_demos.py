@@ -3,6 +3,7 @@
 # Shape letters in this file: B batch, K cameras, T pictures per camera, S state, H action horizon, A action dimension.
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class DemoBatch(NamedTuple):
     """Samples of demonstrations, in the dataset's own units.
 
     Attributes:
-        images: uint8 RGB 0..255, shape (B, K, T, height, width, 3); cameras and history in the order asked for.
+        images: uint8 RGB 0..255, shape (B, K, T, height, width, 3); cameras and history in the order asked for, after
+            the history the picture ahead where that is asked for (`looking_ahead`).
         state: float32, shape (B, S), at the present step.
         actions: float32, shape (B, H, A); entry h is the action h steps ahead, the episode's last one repeated.
         action_is_pad: bool, shape (B, H); True past the end of the episode.
@@ -101,7 +103,7 @@ class LeRobotDemos:
         self.state_names = vector_names(features, state, self.folder)
         _require_size("action", self.action_names, action_dim, self.folder)
         _require_size("state", self.state_names, state_dim, self.folder)
-        self.horizon, self.history = horizon, tuple(history)
+        self.horizon, self.history, self.ahead = horizon, tuple(history), 0
 
         columns = read_columns(self.folder, [action, *state, "timestamp", "episode_index", "task_index"])
         count = len(columns["episode_index"])
@@ -156,6 +158,18 @@ class LeRobotDemos:
         """Of the states of the chosen episodes, one row per frame."""
         return Statistics.of(self.states[self.rows])
 
+    def looking_ahead(self, steps: int) -> "LeRobotDemos":
+        """The same samples, each with one more picture: that of `steps` later, at most the episode's last.
+
+        Raises:
+            ValueError: Fewer than 1 step.
+        """
+        if steps < 1:
+            raise ValueError(f"a picture ahead is at least 1 step away, got {steps}")
+        other = copy(self)
+        other.ahead = steps
+        return other
+
     def episode_of(self, rows: np.ndarray) -> np.ndarray:
         """Episode number of frames, int64, shape of `rows`."""
         return self._episode[rows]
@@ -170,10 +184,13 @@ class LeRobotDemos:
         first_B, last_B = self._first[row_B], self._last[row_B]
         ahead_BH = row_B[:, None] + np.arange(self.horizon)
         past_BT = np.maximum(row_B[:, None] + np.array(self.history), first_B[:, None])
+        seen_BT = past_BT
+        if self.ahead:
+            seen_BT = np.concatenate((past_BT, np.minimum(row_B + self.ahead, last_B)[:, None]), 1)
         height, width = self.image_size or (0, 0)
-        images = np.empty((len(row_B), len(self._pictures), len(self.history), height, width, 3), np.uint8)
+        images = np.empty((len(row_B), len(self._pictures), seen_BT.shape[1], height, width, 3), np.uint8)
         for camera, pictures in enumerate(self._pictures):
-            pictures.copy_to(images[:, camera], past_BT)
+            pictures.copy_to(images[:, camera], seen_BT)
         return DemoBatch(
             images=torch.from_numpy(images),
             state=torch.from_numpy(self.states[row_B]),

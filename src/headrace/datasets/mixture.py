@@ -1,6 +1,7 @@
 """Several datasets as one, each with its share of the samples."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -64,6 +65,12 @@ class Mixture:
             instructions=[words[place] for place in back],
             rows=torch.cat([part.rows for part in parts])[order],
         )
+
+    def looking_ahead(self, steps: int) -> "Mixture":
+        """The same samples with a picture ahead, as in `LeRobotDemos.looking_ahead`."""
+        other = copy(self)
+        other.datasets = tuple(dataset.looking_ahead(steps) for dataset in self.datasets)
+        return other
 
     @property
     def action_statistics(self) -> Statistics:

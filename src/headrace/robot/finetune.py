@@ -18,6 +18,7 @@ from headrace.datasets.mixture import Mixture
 from headrace.datasets.normalize import NormalizerConfig
 from headrace.datasets.random_crop import random_crop
 from headrace.nn.precision import Precision
+from headrace.robot.frame_beside import FrameInput, PolicyWithFrame
 from headrace.robot.lora import without_adapters
 from headrace.robot.vipra import VipraConfig, VipraPolicy
 from headrace.robot.vipra_actor import PolicyInput
@@ -167,13 +168,15 @@ def instructions_of(data: Mixture | LeRobotDemos) -> list[str]:
 class _Augment:
     """Turns demonstrations into training batches, in the loading thread."""
 
-    def __init__(self, config: ActorConfig, settings: FinetuneSettings, encode: EncodeText | None = None) -> None:
-        self.config, self.settings = config, settings
+    def __init__(
+        self, config: ActorConfig, settings: FinetuneSettings, encode: EncodeText | None = None, *, ahead: bool = False
+    ) -> None:
+        self.config, self.settings, self.ahead = config, settings, ahead
         self.encode: EncodeText = encode or partial(encode_text, words=config.words)
         scale = config.state_normalizer.scale if config.state_normalizer else ()
         self.scale = torch.tensor(scale)
 
-    def __call__(self, batch: DemoBatch, generator: torch.Generator) -> TrainingInput:
+    def __call__(self, batch: DemoBatch, generator: torch.Generator) -> TrainingInput | FrameInput:
         config, settings = self.config, self.settings
         images = random_crop(
             batch.images, corner=config.crop, size=config.image.size, pixels=settings.move, generator=generator
@@ -183,7 +186,11 @@ class _Augment:
             state = state + settings.state_noise * self.scale * torch.randn(state.shape, generator=generator)
         text = self.encode(batch.instructions)
         actions = still(batch.actions, batch.action_is_pad, config.action_spec)
-        return TrainingInput(PolicyInput(images, state, text), actions, torch.ones_like(batch.action_is_pad))
+        valid = torch.ones_like(batch.action_is_pad)
+        if self.ahead:  # the future is cut where the frames are that it is predicted from
+            seen = PolicyInput(images[:, :, :-1], state, text)
+            return FrameInput(seen, actions, valid, images[:, 0, -1])
+        return TrainingInput(PolicyInput(images, state, text), actions, valid)
 
 
 def still(actions: Tensor, is_pad: Tensor, spec: ActionSpec) -> Tensor:
@@ -198,15 +205,29 @@ def still(actions: Tensor, is_pad: Tensor, spec: ActionSpec) -> Tensor:
 
 
 def training_batches(
-    data: Mixture | LeRobotDemos, config: ActorConfig, settings: FinetuneSettings, encode: EncodeText | None = None
+    data: Mixture | LeRobotDemos,
+    config: ActorConfig,
+    settings: FinetuneSettings,
+    encode: EncodeText | None = None,
+    *,
+    ahead: bool = False,
 ) -> ShuffledBatches:
-    """Augmented training batches; batch k depends on (seed, k) only. `encode` in place of the config's words."""
-    return batches(data, settings.batch_size, seed=settings.seed, transform=_Augment(config, settings, encode))
+    """Augmented training batches; batch k depends on (seed, k) only.
+
+    `encode` takes the place of the config's words. With `ahead` the data look ahead and the batches are `FrameInput`.
+    """
+    transform = _Augment(config, settings, encode, ahead=ahead)
+    return batches(data, settings.batch_size, seed=settings.seed, transform=transform)
 
 
 def policy_loss(model: VipraPolicy | VipraBins, batch: TrainingInput, generator: torch.Generator) -> dict[str, Tensor]:
     """Loss as `fit` calls it."""
     return model.loss(batch.inputs, batch.actions, batch.valid, generator)
+
+
+def policy_and_frame_loss(model: PolicyWithFrame, batch: FrameInput, generator: torch.Generator) -> dict[str, Tensor]:
+    """`policy_loss` with the future frame beside it."""
+    return model.loss(batch, generator)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -218,7 +239,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def train_policy(
-    model: VipraPolicy | VipraBins,
+    model: VipraPolicy | VipraBins | PolicyWithFrame,
     data: Mixture | LeRobotDemos,
     settings: FinetuneSettings,
     out: Path,
@@ -229,10 +250,17 @@ def train_policy(
 ) -> Fitted:
     """Train a policy and save it, averaged weights with adapters merged in, to `out/model`.
 
+    Of a `PolicyWithFrame` (from `predict_frame`, which also makes its data) the policy alone is saved.
+
     Raises:
         FileExistsError: `out` holds a run already and `resume` is False.
         ValueError: Resumed with other settings.
     """
+    framed = isinstance(model, PolicyWithFrame)
+    policy = model.policy if isinstance(model, PolicyWithFrame) else model
+    given = dict(facts or {})
+    if isinstance(model, PolicyWithFrame):
+        given["frame"] = model.facts()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=False
     )
@@ -241,9 +269,9 @@ def train_policy(
     )
     fitted = fit(
         model,
-        policy_loss,
+        policy_and_frame_loss if framed else policy_loss,
         optimizer,
-        training_batches(data, model.config, settings, model.encode_text),
+        training_batches(data, policy.config, settings, policy.encode_text, ahead=framed),
         steps=settings.steps,
         out=out,
         resume=resume,
@@ -254,10 +282,10 @@ def train_policy(
         checkpoint_every=settings.checkpoint_every,
         log_every=settings.log_every,
         trackers=trackers,
-        settings={"finetune": vars(settings), **(facts or {})},
+        settings={"finetune": vars(settings), **given},
     )
     with fitted.ema.applied_to(model) if fitted.ema is not None else nullcontext():
-        without_adapters(model).save_pretrained(out / MODEL_FOLDER)
+        without_adapters(policy).save_pretrained(out / MODEL_FOLDER)
     return fitted
 
 

@@ -1,6 +1,6 @@
 """Sizes and settings of latent action models: ViPRA's published one, a tiny one, and those of its relatives."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 from headrace.datasets.video_clips import check_window
@@ -103,6 +103,28 @@ class LatentActionConfig:
             decoder=SpatiotemporalConfig(depth=3, causal=True, conditioned=True, **shape),
             quantizer=NoiseSubstitutionConfig(codes=8, width=16),
             tokens=4,
+        )
+
+    def at_tiny_size(self) -> Self:
+        """The same kind of model at the size of `tiny`: 64 px in patches of 8 through a stem, width 192, 2 + 3 blocks.
+
+        Frames, quantiser, codes, reduction, target and whether features are frozen stay. Tokens of a convolution fall
+        with the grid, as it strides over it; those of queries stay.
+        """
+        shape: dict[str, Any] = {"width": 192, "heads": 4, "head_width": 32}
+        rows, columns = self.grid
+        tokens = self.tokens if self.reduction == "queries" else max(1, self.tokens * 64 // (rows * columns))
+        quantizer = self.quantizer
+        if not isinstance(quantizer, FiniteScalarConfig):
+            quantizer = replace(quantizer, width=16)
+        return replace(
+            self,
+            image_size=64,
+            features=FrameFeaturesConfig(kind="stem", name="", width=192, patch=8, frozen=self.features.frozen),
+            encoder=replace(self.encoder, depth=2, **shape),
+            decoder=replace(self.decoder, depth=3, **shape),
+            quantizer=quantizer,
+            tokens=tokens,
         )
 
     @classmethod

@@ -36,7 +36,8 @@ class Verdict(NamedTuple):
         probe_vectors: The same from the encoder's rows before the quantiser.
         probe_random: The same from the codes in random order.
         probe_untrained: The same from the codes of an untrained model of this config.
-        own, swapped, copied: Squared error of the next frame; see `Steering`.
+        own, swapped, copied: Squared error of the next frame; see `Steering`. They and the following three are None
+            for a model that predicts features.
         future_margin: See `Steering` [dB].
         flow_error: End-point error of the predicted motion where something moves, by Farneback's method, which no
             training term uses [px].
@@ -51,12 +52,12 @@ class Verdict(NamedTuple):
     probe_vectors: float | None
     probe_random: float | None
     probe_untrained: float | None
-    own: float
-    swapped: float
-    copied: float
-    future_margin: float
-    flow_error: float
-    flow_error_copied: float
+    own: float | None
+    swapped: float | None
+    copied: float | None
+    future_margin: float | None
+    flow_error: float | None
+    flow_error_copied: float | None
     agreement: float
     transitions: int
 
@@ -116,7 +117,7 @@ def judge(model: LatentActionModel, training: VideoClips, held_out: VideoClips, 
     """Measure a model; see `Verdict`.
 
     Args:
-        model: Predicts pixels; put into eval mode.
+        model: Put into eval mode.
         training: Videos on which the probe is fitted.
         held_out: Videos that neither model nor probe has seen.
         positions: Of the videos of both; the motion is their difference from frame to frame. None leaves out
@@ -140,8 +141,9 @@ def judge(model: LatentActionModel, training: VideoClips, held_out: VideoClips, 
     videos, starts = _windows(held_out, model.config.frames, 0)
     some = np.random.default_rng(0).permutation(len(videos))[:64]
     clip = held_out.clips(videos[some], starts[some], model.config.frames).frames.to(model.device).float() / 255
-    steered = steering(model, clip)
-    error, still = motion_error(model, clip)
+    pixels = model.config.target == "pixels"
+    steered = steering(model, clip) if pixels else None
+    error, still = motion_error(model, clip) if pixels else (None, None)
     return Verdict(
         used=usage.share,
         perplexity=usage.perplexity / size,
@@ -152,10 +154,10 @@ def judge(model: LatentActionModel, training: VideoClips, held_out: VideoClips, 
             b[torch.randperm(len(b), generator=order)],
         ),
         probe_untrained=probe(one_hot_rows(strange_fitted.codes, size), one_hot_rows(strange.codes, size)),
-        own=steered.own,
-        swapped=steered.swapped,
-        copied=steered.copied,
-        future_margin=steered.future_margin,
+        own=None if steered is None else steered.own,
+        swapped=None if steered is None else steered.swapped,
+        copied=None if steered is None else steered.copied,
+        future_margin=None if steered is None else steered.future_margin,
         flow_error=error,
         flow_error_copied=still,
         agreement=_agreement(held_out, model.config.frames, scored.codes, shifted.codes),

@@ -171,8 +171,13 @@ class VipraPolicy(VipraActor):
         Returns:
             `total`, a scalar.
         """
+        return self.loss_after(self.compute_prefix(inputs), actions, valid, generator)
+
+    def loss_after(
+        self, prefix: Prefix, actions: Tensor, valid: Tensor | None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """`loss` of a prefix that is computed already; its cache is used up."""
         draws, horizon = self.config.draws, self.config.decoder.horizon
-        prefix = self.compute_prefix(inputs)
         data = self.normalize_action(actions).repeat_interleave(draws, 0)
         noise = torch.randn(data.shape, generator=generator, device=data.device)
         t = self.decoder.draw_times(data.shape[0], generator, data.device)

@@ -62,17 +62,20 @@ class VipraActor(VipraTrunk):
         """As in the trunk, with the state's token."""
         return super().sizes(proprio=int(bool(self.config.state_names)), **more)
 
-    def embed_prefix(self, inputs: PolicyInput) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, N, D) of everything before the actions, and which positions are not padding (B, N)."""
-        contents = {"instruction": inputs.text, **self.frame_contents(inputs.images)}
+    def embed_prefix(self, inputs: PolicyInput, frames: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, N, D) of everything before the actions, and which positions are not padding (B, N).
+
+        `frames` is what `frame_contents` gives of the pictures, where that is known already.
+        """
+        contents = {"instruction": inputs.text, **(frames or self.frame_contents(inputs.images))}
         if self.config.state_names:
             contents["state"] = self.proprio(self.normalize_state(inputs.state))[:, None]
         embedded = self.embed(self.layout, contents, until="actions")
         return embedded.rows, embedded.valid
 
-    def compute_prefix(self, inputs: PolicyInput) -> Prefix:
-        """One pass over everything before the actions."""
-        embeddings, valid = self.embed_prefix(inputs)
+    def compute_prefix(self, inputs: PolicyInput, frames: dict[str, Tensor] | None = None) -> Prefix:
+        """One pass over everything before the actions; arguments as in `embed_prefix`."""
+        embeddings, valid = self.embed_prefix(inputs, frames)
         mask = self._mask(valid, valid.shape[1], self.config.prefix_attention, start=0)
         cache = KVCache()
         hidden = self.backbone(

@@ -90,8 +90,14 @@ class VipraBins(VipraActor):
         Returns:
             `total`, and `accuracy` of the bins among scored steps, without EOA.
         """
+        return self.loss_after(self.compute_prefix(inputs), actions, valid, generator)
+
+    def loss_after(
+        self, prefix: Prefix, actions: Tensor, valid: Tensor | None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """`loss` of a prefix that is computed already."""
         ids = self._with_ends(self.bins.encode(actions).flatten(1))
-        logits = self.logits(self.compute_prefix(inputs), ids).float()
+        logits = self.logits(prefix, ids).float()
         steps, width = self.config.horizon, self.config.bins.dim + 1
         weight = torch.ones_like(ids[:, ::width], dtype=torch.float32) if valid is None else valid.float()
         entropy = F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view(-1, steps, width)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from headrace.nn.image_tokens import ImageTokensConfig
 from headrace.robot.frame_codes import FrameCodes, FrameCodesConfig
 from headrace.robot.vipra_config import BackboneConfig, PretrainingRecord, TrunkConfig
-from headrace.robot.vipra_trunk import VipraTrunk, additive, positions, words_of
+from headrace.robot.vipra_trunk import VipraTrunk, words_of
 from headrace.vlm.sequence import SequenceLayout
 from headrace.vlm.vipra_sequences import MARKS, pretraining
 
@@ -155,17 +155,7 @@ class VipraPretraining(VipraTrunk):
         layout = self.layout
         embedded = self.embed(layout, contents)
         given = int(embedded.scored.nonzero()[0])  # everything before what is predicted first
-        mask = self._mask(embedded.valid, embedded.valid.shape[1], "causal", start=0)
-        if self.config.prefix_attention == "bidirectional":
-            inside = self._mask(embedded.valid[:, :given], given, "bidirectional", start=0)
-            mask = mask.clone()
-            mask[:, :, :given, :given] = inside
-        hidden = self.backbone(
-            inputs_embeds=embedded.rows,
-            attention_mask=additive(mask, embedded.rows.dtype),
-            position_ids=positions(embedded.valid),
-            use_cache=False,
-        ).last_hidden_state
+        hidden = self.read_after(given, embedded.rows, embedded.valid)
         terms: dict[str, Tensor] = {"total": hidden.new_zeros((), dtype=torch.float32)}
         for modality, weight in layout.loss_weights.items():
             where = (embedded.scored & (embedded.kinds == layout.index(modality))).nonzero()[:, 0]

@@ -222,6 +222,26 @@ class VipraTrunk(WithTextTokenizer):
     def _is_text(self, ids: Tensor) -> Tensor:
         return ids >= 0 if self.config.text_vocabulary else ids > 0
 
+    def read_after(self, given: int, rows: Tensor, valid: Tensor) -> Tensor:
+        """Hidden states of whole sequences, shape (B, N, D): causal, what is given as `prefix_attention` says.
+
+        Args:
+            given: So many positions at the beginning are given, not predicted.
+            rows: Shape (B, N, D).
+            valid: False where the instruction is padded, shape (B, N).
+        """
+        mask = self._mask(valid, valid.shape[1], "causal", start=0)
+        if self.config.prefix_attention == "bidirectional":
+            inside = self._mask(valid[:, :given], given, "bidirectional", start=0)
+            mask = mask.clone()
+            mask[:, :, :given, :given] = inside
+        return self.backbone(
+            inputs_embeds=rows,
+            attention_mask=additive(mask, rows.dtype),
+            position_ids=positions(valid),
+            use_cache=False,
+        ).last_hidden_state
+
     @staticmethod
     def _mask(valid: Tensor, queries: int, attention: Attention, *, start: int) -> Tensor:
         """Which of all keys the last `queries` positions may see, bool, shape (B, 1, queries, keys).

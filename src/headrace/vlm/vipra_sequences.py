@@ -165,6 +165,19 @@ def pretraining(sizes: VipraSizes, *, future: bool = True, latents: bool = True)
     )
 
 
+def frame_ahead(sizes: VipraSizes) -> SequenceLayout:
+    """Instruction, frames and the future frame: pretraining's sequence up to where the future frame ends.
+
+    Fields: `instruction`, `frames`, `future`. For a frame that is predicted beside a policy's own sequence.
+    """
+    future = Field(name="future", modality="visual", group=sizes.frame_tokens, groups=1, group_end="eov")
+    return SequenceLayout(
+        vocabularies=sizes.vocabularies(),
+        parts=(*_context(sizes, closes_span=False), future),
+        loss_weights={"visual": 1.0},
+    )
+
+
 def finetuning(sizes: VipraSizes, *, discrete: bool = False) -> SequenceLayout:
     """Instruction, frames and one action chunk.
 
