@@ -44,5 +44,12 @@ def test_other_files_are_named(tmp_path):
     (tmp_path / "test.json").write_text('{"a": {}}')
     with pytest.raises(ValueError, match="keys key and qa"):
         load_flowvqa(tmp_path)
+    for wrong in ('[{"qa": {}}]', '{"a": {"qa": []}}', '{"a": {"qa": {"1": {"A1": "x"}}}}', "3"):
+        (tmp_path / "test.json").write_text(wrong)
+        with pytest.raises(ValueError, match=r"test\.json: every chart needs"):
+            load_flowvqa(tmp_path)
+    (tmp_path / "test.json").write_text("{")
+    with pytest.raises(ValueError, match=r"test\.json is not valid JSON"):
+        load_flowvqa(tmp_path)
     with pytest.raises(ValueError, match="unknown FlowVQA question type"):
         task_of("riddle")

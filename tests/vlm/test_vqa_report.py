@@ -146,6 +146,20 @@ def test_a_chart_without_points_is_empty():
     assert line_chart("x", [Series("a", [])], x_label="", y_label="") == ""
 
 
+def test_notes_that_a_crash_tore_are_left_out(page, tmp_path):
+    shutil.copytree(page[1][1], tmp_path / "run")
+    notes = [json.dumps({"image": f"{i}.jpeg", "before": 9, "after": 3}) for i in range(3)]
+    (tmp_path / "run" / "pictures.jsonl").write_text(
+        f"{notes[0]}\n{notes[1][:20]}{notes[1]}\n{notes[2]}\n{notes[0][:9]}"
+    )
+    assert list(read_run(tmp_path / "run").tokens) == ["0.jpeg", "2.jpeg"]
+
+
+def test_a_page_is_not_overwritten_by_its_tables(page, tmp_path):
+    with pytest.raises(ValueError, match=r"name it \.html"):
+        write_report(page[1], tmp_path / "r.csv")
+
+
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no results\.json"):
         write_report([tmp_path], tmp_path / "r.html")

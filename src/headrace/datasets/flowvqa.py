@@ -4,7 +4,6 @@ The paper scores with a language model as judge. Offline we report token overlap
 normalised equality; the judge's figure is not comparable with either.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from headrace.datasets.flowlearn.mermaid import parse_mermaid
 from headrace.datasets.flowlearn.records import Question
 from headrace.datasets.flowlearn.score import Verdict, rouge_l
+from headrace.datasets.json_file import read_json
 
 TASKS = ("fact_retrieval", "applied_scenario", "flow_referential", "topological")
 NEW_TOKENS = 100
@@ -49,15 +49,21 @@ def load_flowvqa(folder: Path, *, split: str = "test") -> list[Question]:
     path = folder / f"{split}.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; wanted FlowVQA's {split}.json beside images/")
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = read_json(path, hint="download it again")
     charts = list(data.values()) if isinstance(data, dict) else data
-    if not all(isinstance(chart, dict) and "qa" in chart for chart in charts):
-        raise ValueError(f"{path}: every chart needs the keys key and qa")
+    if not isinstance(charts, list) or not all(_is_chart(chart, named=isinstance(data, dict)) for chart in charts):
+        raise ValueError(f"{path}: every chart needs the keys key and qa, and every question in qa the key Q")
     names = list(data) if isinstance(data, dict) else [str(chart["key"]) for chart in charts]
     found: list[Question] = []
     for name, chart in zip(names, charts, strict=True):
         found += _chart_questions(folder, str(chart.get("key", name)), chart, split)
     return found
+
+
+def _is_chart(chart: Any, *, named: bool) -> bool:
+    if not isinstance(chart, dict) or not isinstance(chart.get("qa"), dict) or not (named or "key" in chart):
+        return False
+    return all(isinstance(row, dict) and "Q" in row for row in chart["qa"].values())
 
 
 def _chart_questions(folder: Path, key: str, chart: dict[str, Any], split: str) -> list[Question]:

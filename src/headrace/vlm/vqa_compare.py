@@ -28,15 +28,18 @@ def compare(a: Path, b: Path) -> Comparison:
 
     Raises:
         FileNotFoundError: A run is not there.
-        ValueError: No common question, or the runs hold different references for one.
+        ValueError: No common question, or the runs hold another question or reference under one name.
     """
     left, right = ({s.uid: s for s in read_samples(path)} for path in (a, b))
     uids = [uid for uid in left if uid in right]
     if not uids:
         raise ValueError(f"{a} and {b} have no question in common")
-    changed = [uid for uid in uids if left[uid].reference != right[uid].reference]
+    asked = [{uid: (s.question, s.reference) for uid, s in side.items()} for side in (left, right)]
+    changed = [uid for uid in uids if asked[0][uid] != asked[1][uid]]
     if changed:
-        raise ValueError(f"{len(changed)} references differ between {a} and {b}, first {changed[0]}; not the same data")
+        raise ValueError(
+            f"{len(changed)} questions or references differ between {a} and {b}, first {changed[0]}; not the same data"
+        )
     columns: dict[str, list[tuple[Sample, Sample]]] = defaultdict(list)
     for uid in uids:
         columns[left[uid].task].append((left[uid], right[uid]))

@@ -53,13 +53,23 @@ def read_run(folder: Path) -> Run:
         raise FileNotFoundError(f"{folder} holds no {RESULTS_FILE}; run or merge it first")
     results = json.loads(path.read_text(encoding="utf-8"))
     notes = folder / PICTURES_FILE
-    lines = notes.read_text(encoding="utf-8").split("\n") if notes.is_file() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    rows = _notes(notes.read_text(encoding="utf-8")) if notes.is_file() else []
     kept = {row["image"]: _kept(row) for row in rows if "kept" in row}
     tokens = {row["image"]: (row["before"], row["after"]) for row in rows if "before" in row}
     timed = folder / PREFILL_FILE
     prefill = json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else {}
     return Run(_run_name(results, folder), folder, results, read_samples(folder), kept, tokens, prefill)
+
+
+def _notes(text: str) -> list[dict[str, Any]]:
+    """Notes on pictures; one that was torn by a crash is left out, also where the next run went on behind it."""
+    rows = []
+    for line in text.split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def _kept(row: dict[str, Any]) -> Kept:
@@ -120,8 +130,8 @@ def _table(runs: list[Run]) -> str:
                 f"<td class=n>{t['count']}<td class=n>{t['unparsed']}<td class=n>{t['majority']:.3f}<td>{escape(also)}"
             )
         for name, value in run.results.get("balanced", {}).items():
-            rows.append(f"<tr><td>{escape(run.name)}<td>{name}, balanced<td class=n><b>{value:.3f}</b><td><td><td><td>"
-                        "<td class=n>0.500<td>")  # fmt: skip
+            rows.append(f"<tr><td>{escape(run.name)}<td>{escape(name)}, balanced<td class=n><b>{value:.3f}</b><td><td>"
+                        "<td><td><td class=n>0.500<td>")  # fmt: skip
     return f"<table>{''.join(rows)}</table><p class=note>Orange tick: what one constant answer gets.</p>"
 
 
@@ -186,8 +196,8 @@ def _confusion(runs: list[Run]) -> str:
         for task in run.results["tasks"]:
             if task.startswith(("true_", "false_")):
                 said = Counter(s.read if s.read in ("true", "false") else "" for s in run.samples if s.task == task)
-                rows.append(f"<tr><td>{escape(run.name)}<td>{task}<td class=n>{said['true']}<td class=n>{said['false']}"
-                            f"<td class=n>{said['']}")  # fmt: skip
+                rows.append(f"<tr><td>{escape(run.name)}<td>{escape(task)}<td class=n>{said['true']}"
+                            f"<td class=n>{said['false']}<td class=n>{said['']}")  # fmt: skip
     return f"<h2>True and false</h2><table>{''.join(rows)}</table>" if len(rows) > 1 else ""
 
 
@@ -289,11 +299,13 @@ def write_report(folders: list[Path], out: Path, *, data: Path | None = None) ->
         `out`.
 
     Raises:
-        ValueError: No run given.
+        ValueError: No run given, or the page has the name of a table beside it.
         FileNotFoundError: A run is not finished.
     """
     if not folders:
         raise ValueError("a report needs at least one run folder")
+    if out.suffix in (".md", ".csv"):
+        raise ValueError(f"the page {out} would be overwritten by the table beside it; name it .html")
     runs = [read_run(folder) for folder in folders]
     rows = rows_of(runs)
     table = io.StringIO()

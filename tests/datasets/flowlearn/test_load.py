@@ -158,5 +158,13 @@ def test_prompts_change_their_hash_with_any_word(generated, tmp_path):
     path.write_text(json.dumps({"true_a_to_b": "Right? {question}"}))
     assert find_prompts(str(path)).ask(question) == f"Right? {question.question}"
     assert len({default.hash, find_prompts(str(path)).hash, PromptSet(name="x").hash}) == 3
+    for wrong, said in (
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list"),
+        ('{"ocr": 3}', "'ocr' must be a string, got 3"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=rf"mine\.json.*{said}"):
+            find_prompts(str(path))
     with pytest.raises(ValueError, match="unknown prompt set"):
         find_prompts("nothing")

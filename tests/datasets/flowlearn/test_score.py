@@ -126,7 +126,8 @@ PRINTED = {
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
-@pytest.mark.parametrize("answer", ["\n" * 4000, "9" * 5000, "A(" * 2000, "x --" * 1000, "a points to " * 300])
+@pytest.mark.parametrize("answer", ["\n" * 4000, "9" * 5000, "A(" * 2000, "x --" * 1000, "a points to " * 300,
+                                    "A --" + " " * 3000 + "x", "\n" * 20000, " " * 9000 + "x"])  # fmt: skip
 def test_a_model_that_loops_costs_little_and_is_counted(task, answer):
     start = time.process_time()
     assert score_answer(task, answer, "").score < 0.1 and score_answer(task, answer, TEXT).score < 0.1

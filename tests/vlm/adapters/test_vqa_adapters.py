@@ -141,6 +141,9 @@ def test_vlmevalkit_table_scores_the_same(data, ours, tmp_path):
     }
     for task, numbers in ours.items():
         assert scores[f"{task}:score"] == pytest.approx(numbers["score"], abs=1e-6)
+    ocr = next(row for row in rows if row["category"] == "ocr")
+    for empty in (float("nan"), None, ""):  # how tables give an empty answer back
+        assert score_table([{**ocr, "prediction": empty}])["ocr:parsed"] == 0.0
 
 
 def test_vlmevalkit_learns_our_model_and_data(monkeypatch, tmp_path):

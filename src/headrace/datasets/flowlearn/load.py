@@ -3,7 +3,6 @@
 Every reader gives the same `Question` records. Labels that contradict the picture are marked, never dropped.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from headrace.datasets.flowlearn.predictions import as_text, read_predictions, t
 from headrace.datasets.flowlearn.records import Graph, LabelIssue, Question
 from headrace.datasets.flowlearn.tasks import TASKS, find_task
 from headrace.datasets.flowlearn.write import QUESTIONS_FILE, image_paths
+from headrace.datasets.json_file import read_object
 
 VARIANTS = ("sim-word", "sim-char", "sci")
 _PAIR = re.compile(r"node '(.+)' (?:to|and) node '(.+)'")  # of a statement; a label may hold an apostrophe
@@ -52,13 +52,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is missing: not a generated folder ({QUESTIONS_FILE}), not a selection (questions.json), and not "
             "this part of the dataset. Download it with the layout kept, or run `headrace flowlearn generate`."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; wanted an object keyed by picture name")
-    return data
+    return read_object(path, wanted="an object keyed by picture name", hint="download it again")
 
 
 def _question(variant: str, split: str, image: str, task: str, question: str, answer: str, **more: Any) -> Question:

@@ -16,7 +16,7 @@ _ID = re.compile(r"\w+(?:[-.:/]\w+)*")
 _BODY = r"(?:-{2,}|={2,}|-\.+-)"
 _LINK = re.compile(rf"(?P<left><|[ox](?=-|=))?(?P<body>{_BODY})(?P<right>>|[ox](?=[\s|&]))?(?:\s*\|(?P<text>[^|]*)\|)?")
 _TEXT_LINK = re.compile(
-    r"(?P<left><|[ox](?=-|=))?(?P<body>--|==|-\.)(?![->=.])\s*(?P<text>[^\n|]*?)\s*(?:-{2,}|={2,}|\.+-)(?P<right>>|[ox](?=\s))?"
+    r"(?P<left><|[ox](?=-|=))?(?P<body>--|==|-\.)(?![->=.])(?P<text>[^\n|]*?)(?:-{2,}|={2,}|\.+-)(?P<right>>|[ox](?=\s))?"
 )
 _HEADER = re.compile(r"^\s*(?:flowchart|graph)(?:-elk)?\b[ \t]*(?P<direction>TB|BT|RL|LR|TD)?[ \t]*", re.I)
 _IGNORED = re.compile(r"^(?:subgraph|end|classDef|class|style|linkStyle|click|direction|accTitle|accDescr)\b|^%%", re.I)
@@ -176,7 +176,7 @@ def code_of(text: str) -> tuple[str, bool]:
     for code, is_open in blocks:
         if code.strip() and (_HEADER.search(code) or re.search(_BODY, code)):
             return code, is_open
-    header = re.search(r"^\s*(?:flowchart|graph)[ \t]+(?:TB|BT|RL|LR|TD)\b", text, re.I | re.M)
+    header = re.search(r"^[ \t]*(?:flowchart|graph)[ \t]+(?:TB|BT|RL|LR|TD)\b", text, re.I | re.M)
     return (text[header.start() :] if header else text), False
 
 

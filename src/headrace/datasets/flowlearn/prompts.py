@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from headrace.datasets.flowlearn.records import Question
+from headrace.datasets.json_file import read_object
 
 _JUDGE = "Is this statement about the flowchart correct? {question} Reply with true or false only."
 _DEFAULT = {
@@ -67,7 +68,8 @@ def find_prompts(name: str) -> PromptSet:
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"unknown prompt set {name!r} (known: {', '.join(PROMPT_SETS)}, or a JSON file: task to text)")
-    texts = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
-        raise ValueError(f"{path} must hold one JSON object: task to text")
+    texts = read_object(path, wanted="an object: task to text", hint="it must hold one object: task to text")
+    wrong = [task for task, text in texts.items() if not isinstance(text, str)]
+    if wrong:
+        raise ValueError(f"{path}: the text of {wrong[0]!r} must be a string, got {texts[wrong[0]]!r}")
     return PromptSet(name=path.name, texts=texts)

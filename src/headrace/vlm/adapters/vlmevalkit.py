@@ -49,7 +49,9 @@ def score_table(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Mean of every metric per task over rows with `record`, `category` and `prediction`, by the same scorer."""
     columns: dict[str, list[float]] = {}
     for row in rows:
-        for metric, value in process_results({"record": row["record"]}, [str(row["prediction"])]).items():
+        said = row["prediction"]
+        text = "" if said is None or said != said else str(said)  # tables hold NaN for an empty answer
+        for metric, value in process_results({"record": row["record"]}, [text]).items():
             columns.setdefault(f"{row['category']}:{metric}", []).append(value)
     return {name: sum(values) / len(values) for name, values in columns.items()}
 

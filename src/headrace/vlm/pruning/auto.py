@@ -1,9 +1,11 @@
 """Pruning by name, and as a context around any model with a vision encoder."""
 
 import difflib
+import types
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import torch
@@ -74,12 +76,48 @@ def pruning_from_dict(data: dict[str, Any]) -> PruningConfig:
     """Rebuild settings from `pruning_to_dict`; switches that are left out have their defaults.
 
     Raises:
-        ValueError: Unknown kind or keys.
+        ValueError: Unknown kind or keys, a value of another type, or one that cannot be.
     """
     kind = data.get("pruning")
-    if kind not in CONFIGS:
+    if not isinstance(kind, str) or kind not in CONFIGS:
         raise ValueError(f"unknown pruning settings {kind!r} (known: {', '.join(CONFIGS)})")
-    return config_from_dict(CONFIGS[kind], {k: v for k, v in data.items() if k not in ("pruning", "method")})
+    given = {key: value for key, value in data.items() if key not in ("pruning", "method")}
+    for key, hint in typing.get_type_hints(CONFIGS[kind]).items():
+        if key in given and not _fits(hint, given[key]):
+            raise ValueError(f"{kind}: {key} must be {_wanted(hint)}, got {given[key]!r}")
+    return config_from_dict(CONFIGS[kind], given)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a JSON value has the type that a setting wants; unknown keys inside an object are found elsewhere."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(option, value) for option in arguments)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(arguments[0], item) for item in value)
+    if origin is typing.Literal:
+        return value in arguments
+    if is_dataclass(hint):
+        inner = typing.get_type_hints(hint)
+        return isinstance(value, dict) and all(_fits(inner[key], v) for key, v in value.items() if key in inner)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, int | float if hint is float else hint)
+
+
+def _wanted(hint: Any) -> str:
+    """What `_fits` asks for, in words."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_wanted(option) for option in arguments)
+    if origin is tuple:
+        return f"a list, each {_wanted(arguments[0])}"
+    if origin is typing.Literal:
+        return f"one of {', '.join(repr(choice) for choice in arguments)}"
+    if is_dataclass(hint):
+        inner = typing.get_type_hints(hint)
+        return f"an object ({', '.join(f'{key}: {_wanted(kind)}' for key, kind in inner.items())})"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "null"}[hint]
 
 
 def encoder_policy(config: PruningConfig, tower: Tower) -> NewPolicy | None:
