@@ -318,7 +318,7 @@ def require_pretraining(
         require_same_conditions(record, history=wanted, rate=rate, override=tuple(config.override))
     except ValueError as error:
         raise ValueError(f"""{error} (here --policy.override='["rate"]')""") from error
-    if history != wanted and "history" not in config.override:
+    if tuple(history) != wanted and "history" not in config.override:
         raise ValueError(
             f"at {rate:g} frames a second the network was pretrained on frames {wanted}, the policy is to see "
             f"{history}: give --policy.history='{list(wanted)}', or name the difference: "
