@@ -7,6 +7,7 @@ from headrace.vlm.huggingface import HuggingFaceVLM
 from headrace.vlm.kv_cache import KVCache
 from headrace.vlm.prefill import read
 from headrace.vlm.prompt import left_pad
+from headrace.vlm.vqa_shots import require_worked
 
 FAMILIES = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "smolvlm", "internvl", "video_llava")
 QUESTIONS = ["How many nodes?", "Is A linked to B", "What does the box say, if there is one?"]
@@ -65,6 +66,48 @@ def test_the_encoder_runs_once_for_all_questions(tiny_vlm, picture):
     assert len(runs) == 1
 
 
+WORKED = [[("How many?", "3"), ("And here?", "12")], [("How many?", "3"), ("And here?", "12")], [("Right?", "no")] * 2]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_worked_examples_are_read_as_generate_reads_them(tiny_vlm, picture, family):
+    """Questions with different examples behind the same pictures, and limits of their own."""
+    model, processor = tiny_vlm(family)
+    vlm, images = HuggingFaceVLM(model, processor), [picture(seed=s) for s in range(3)]
+    require_worked(vlm, 2)
+    prompts = vlm.prompts(images, QUESTIONS, worked=WORKED)
+    answers = vlm.answer(images, QUESTIONS, max_new_tokens=[8, 3, 8], worked=WORKED)
+    for question, worked, prompt, answer, limit in zip(QUESTIONS, WORKED, prompts, answers, (8, 3, 8), strict=True):
+        text = vlm._text(question, 3, video=False, worked=worked)
+        parts = [*(part for turn in worked for part in turn), question]
+        assert [text.find(part) >= 0 for part in parts] == [True] * 5
+        inputs = processor(text=[text], images=images, return_tensors="pt")
+        assert torch.equal(inputs["input_ids"][0], prompt.ids)
+        out = model.generate(**inputs, max_new_tokens=limit, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert processor.tokenizer.decode(out, skip_special_tokens=True).strip() == answer
+
+
+def test_worked_examples_that_do_not_fit_are_refused(tiny_vlm, picture, monkeypatch):
+    model, processor = tiny_vlm("llava")
+    vlm = HuggingFaceVLM(model, processor)
+    with pytest.raises(ValueError, match="2 worked examples need 3 pictures"):
+        vlm.answer([picture()] * 2, QUESTIONS, worked=WORKED)
+    with pytest.raises(ValueError, match="as many lists of worked examples"):
+        vlm.answer([picture()] * 3, QUESTIONS, worked=WORKED[:1])
+    with pytest.raises(ValueError, match="as many max_new_tokens"):
+        vlm.answer(picture(), QUESTIONS, max_new_tokens=[3])
+    monkeypatch.setattr(model.config.text_config, "max_position_embeddings", 100)
+    with pytest.raises(ValueError, match="made for 100"):
+        vlm.answer([picture()] * 3, QUESTIONS, worked=WORKED)
+    monkeypatch.setattr(processor, "chat_template", "<image>{{ messages[-1].content[-1].text }}")
+    with pytest.raises(ValueError, match="shows 1 of 3 pictures"):
+        require_worked(vlm, 2)
+    monkeypatch.setattr(processor, "chat_template", "{% if messages | length > 1 %}{{ messages | nothing }}{% endif %}")
+    with pytest.raises(ValueError, match="takes no examples"):
+        require_worked(vlm, 2)
+
+
 def test_a_saved_model_is_found_by_its_folder(tiny_vlm, picture, tmp_path):
     model, processor = tiny_vlm("llava")
     model.save_pretrained(tmp_path)
@@ -74,7 +117,7 @@ def test_a_saved_model_is_found_by_its_folder(tiny_vlm, picture, tmp_path):
     assert again.answer(np.asarray(picture()), QUESTIONS, max_new_tokens=4) == want
 
 
-def test_bad_input_is_named(tiny_vlm, picture, tmp_path):
+def test_bad_input_is_named(tiny_vlm, picture, tmp_path, monkeypatch):
     vlm = HuggingFaceVLM(*tiny_vlm("llava"))
     with pytest.raises(FileNotFoundError, match="no picture at"):
         vlm.answer(tmp_path / "nothing.png", ["?"])
@@ -87,3 +130,12 @@ def test_bad_input_is_named(tiny_vlm, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="not a picture"):
         vlm.answer(tmp_path / "text.png", ["?"])
+    picture().save(tmp_path / "torn.png")
+    whole = (tmp_path / "torn.png").read_bytes()
+    (tmp_path / "torn.png").write_bytes(whole[:60] + bytes(9) + whole[69:])
+    with pytest.raises((ValueError, OSError)):  # a run records these and goes on
+        vlm.answer(tmp_path / "torn.png", ["?"])
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 100)
+    picture().save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="decompression bomb"):
+        vlm.answer(tmp_path / "large.png", ["?"])

@@ -52,6 +52,20 @@ def test_answers_equal_decoding_without_cache_or_sharing(build, picture, count):
     assert model.record.visual_before == 16 * count
 
 
+def test_worked_examples_are_turns_of_the_conversation(build, picture):
+    model, pictures = build(), [picture(seed=s) for s in range(3)]
+    worked = [[("a", "1"), ("b", "2")], [("a", "1"), ("b", "2")], [("c", "no"), ("d", "yes")]]
+    prompts = model.prompts(pictures, QUESTIONS, worked=worked)
+    said = model.tokenizer.decode(prompts[2].ids[~prompts[2].visual])
+    turns = [f"User: \n{asked}\nAssistant: {answer}</s>" for asked, answer in worked[2]]
+    assert said == f"<s>{''.join(turns)}User: \n?\nAssistant:"
+    want = [slow_answer(model, prompt, limit) for prompt, limit in zip(prompts, (6, 2, 6), strict=True)]
+    assert model.answer(pictures, QUESTIONS, max_new_tokens=[6, 2, 6], worked=worked) == want
+    small = build(language={**VideoLanguageConfig.tiny().language, "max_position_embeddings": 60})
+    with pytest.raises(ValueError, match="the model was made for 60"):
+        small.answer(pictures, QUESTIONS, worked=worked)
+
+
 def test_saved_model_answers_the_same(build, picture, tmp_path):
     model = build()
     model.save_pretrained(tmp_path)

@@ -67,8 +67,9 @@ def test_budgets_and_methods_are_checked():
         pruning_of("flowcut", None)
     with pytest.raises(ValueError, match="did you mean 'flowcut'"):
         SweepConfig(methods=("flowcat",), keep=(8,))
-    with pytest.raises(ValueError, match="share must lie"):
-        SweepConfig(methods=("flowcut",), keep=(1.5,))
+    for keep in (1.5, float("inf")):
+        with pytest.raises(ValueError, match="share must lie"):
+            SweepConfig(methods=("flowcut",), keep=(keep,))
 
 
 def test_a_file_holds_all_switches_of_a_method(tmp_path):
@@ -118,6 +119,9 @@ def test_pictures_on_which_the_model_fails_are_not_timed(swept):
     names = [question.image for question in tasks.questions]
     assert len(time_prefill(model, tasks, data, prompts, warmup=1, repeats=3, without=names[:1])) == 3
     assert set(seen) == {data / names[1]}
+    seen.clear()
+    time_prefill(model, tasks, data, prompts, warmup=0, repeats=3, limit=1)
+    assert set(seen) == {data / names[0]}, "pictures beyond the limit need not be there"
     with pytest.raises(ValueError, match="failed on every picture"):
         time_prefill(model, tasks, data, prompts, warmup=0, repeats=1, without=names)
 

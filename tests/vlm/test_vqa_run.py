@@ -17,6 +17,7 @@ from headrace.vlm.vqa_compare import compare
 from headrace.vlm.vqa_data import load_task
 from headrace.vlm.vqa_run import Shard, groups_of, merge_shards, run, run_identity
 from headrace.vlm.vqa_samples import read_samples
+from headrace.vlm.vqa_shots import draw_shots
 
 SOURCE = str(Path(headrace.__file__).parents[1])
 
@@ -74,7 +75,30 @@ def test_a_perfect_reader_scores_one_on_every_task(tasks, data, tmp_path):
 def test_questions_on_one_picture_are_asked_together(tasks, data, tmp_path):
     model = Reader(tasks, PROMPTS)
     start(tasks, data, tmp_path, model)
-    assert len(model.encoded) == 8 * 3  # short answers, long answers, and the red-box picture
+    assert len(model.encoded) == 8 * 2  # the picture and the one with the red box
+
+
+def test_short_and_long_answers_on_one_picture_encode_and_read_it_once(tasks, data, tmp_path, tiny_vlm):
+    from headrace.vlm.huggingface import HuggingFaceVLM
+
+    model, vlm = tiny_vlm("llava")[0], HuggingFaceVLM(*tiny_vlm("llava"))
+    lengths = {name: 7 if count > 100 else 3 for name, count in tasks.new_tokens.items()}
+    encoded, read = [], []
+    count = (
+        model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1)),
+        model.model.language_model.layers[0].register_forward_hook(lambda _, given, out: read.append(out.shape)),
+    )
+    samples = start(tasks._replace(new_tokens=lengths), data, tmp_path, vlm, limit=1)
+    for handle in count:
+        handle.remove()
+    assert len(samples) == 9 and not any(sample.error for sample in samples)
+    alone = [shape for shape in read if shape[0] == 1 and shape[1] >= 36]  # other passes read the ends of several
+    assert len(encoded) == len(alone) == 2
+    questions = {question.uid: question for question in tasks.questions}
+    for sample in samples:
+        question = questions[sample.uid]
+        alone = vlm.answer(data / question.image, [PROMPTS.ask(question)], max_new_tokens=lengths[question.task])
+        assert alone == [sample.answer]
 
 
 def test_resume_asks_only_what_is_left_and_drops_a_torn_line(tasks, data, tmp_path):
@@ -83,10 +107,12 @@ def test_resume_asks_only_what_is_left_and_drops_a_torn_line(tasks, data, tmp_pa
     start(tasks, data, part, Reader(tasks, PROMPTS), limit=3)
     with (part / "samples.jsonl").open("a") as file:
         file.write('{"uid": "torn')
+    with (part / "samples.jsonl").open("ab") as file:
+        file.write("é".encode()[:1])  # in the middle of a letter
     before = len(read_samples(part))
     model = Reader(tasks, PROMPTS)
     again = start(tasks, data, part, model)
-    assert before == 3 * 9 and 0 < len(model.encoded) < 24
+    assert before == 3 * 9 and 0 < len(model.encoded) < 16
     plain = [(s.uid, s.answer, s.score) for s in whole]
     assert [(s.uid, s.answer, s.score) for s in again] == plain
     assert {s.uid for s in read_samples(part)} == {s.uid for s in whole}
@@ -137,6 +163,66 @@ def test_a_shard_that_was_stopped_is_named_by_merge(tasks, data, tmp_path):
     assert merge_shards(tmp_path, identity_of(tasks, data))["questions"] == len(tasks.questions)
 
 
+def test_shards_with_different_limits_are_not_joined(tasks, data, tmp_path):
+    for index, limit in enumerate((3, None)):
+        start(tasks, data, tmp_path, Reader(tasks, PROMPTS), shard=Shard(index=index, count=2), limit=limit)
+    with pytest.raises(ValueError, match=r"different limits .*limit 3.*limit None"):
+        merge_shards(tmp_path, identity_of(tasks, data))
+    assert not (tmp_path / "samples.jsonl").exists()
+    start(tasks, data, tmp_path, Reader(tasks, PROMPTS), shard=Shard(index=0, count=2))
+    assert merge_shards(tmp_path, identity_of(tasks, data))["questions"] == len(tasks.questions)
+
+
+def test_a_model_that_does_not_open_leaves_no_run(tasks, data, tmp_path):
+    def broken():
+        raise FileNotFoundError("no such model")
+
+    out = tmp_path / "out"
+    with pytest.raises(FileNotFoundError, match="no such model"):
+        run(tasks, broken, data=data, out=out, identity=identity_of(tasks, data, model="typo"), prompts=PROMPTS)
+    assert not out.exists()
+
+
+def test_worked_examples_are_never_a_chart_that_is_asked_about(tasks, data, tmp_path):
+    write_dataset(GenerateConfig(count=12, seed=5, renderer="pillow", protocol="released"), tmp_path)  # 8 are in `data`
+    shots = draw_shots(tasks, data, count=2, folder=tmp_path, split="test", seed=0)
+    every = draw_shots(tasks, data, count=4, folder=tmp_path, split="test", seed=1)
+    for task, examples in every.by_task.items():
+        numbers = {int(Path(question.image).stem) for question in examples}
+        assert len(numbers) == 4 and min(numbers) >= 8, task
+    assert draw_shots(tasks, data, count=2, folder=tmp_path, split="test", seed=0) == shots
+    assert shots.identity != draw_shots(tasks, data, count=2, folder=tmp_path, split="test", seed=4).identity
+    with pytest.raises(ValueError, match=r"holds 4 charts for .* 5 are wanted"):
+        draw_shots(tasks, data, count=5, folder=tmp_path, split="test", seed=0)
+
+
+def test_worked_examples_go_before_every_question(tasks, data, tmp_path):
+    class Shown(Reader):
+        def answer(self, images, questions, *, max_new_tokens, worked):
+            seen.append((images, questions, worked))
+            return super().answer(images[-1], questions, max_new_tokens=max_new_tokens)
+
+    seen, other = [], tmp_path / "other"
+    write_dataset(GenerateConfig(count=5, seed=77, renderer="pillow"), other)
+    shots = draw_shots(tasks, data, count=2, folder=other, split="test", seed=0)
+    identity = run_identity(tasks, PROMPTS, model="fake", pruning=None, data=data, split="test", shots=shots)
+    model = Shown(tasks, PROMPTS)
+    run(tasks, lambda: model, data=data, out=tmp_path / "run", identity=identity, prompts=PROMPTS, shots=shots)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["run"]["shots"]["count"] == 2 and results["mean_over_tasks"] == 1.0
+    assert len(seen) == 8 * 2, "one call per picture, as without examples"
+    for images, questions, worked in seen:
+        assert (
+            len(images) == 3 and all(other in image.parents for image in images[:2]) and len(worked) == len(questions)
+        )
+        boxed = ["OCR" in str(image) for image in images]
+        assert boxed in ([True] * 3, [False] * 3), "examples of the red-box task have red boxes"
+    for first, second in (("true_a_to_b", "false_a_to_b"), ("true_between", "false_between")):
+        turns = shots.turns(first, PROMPTS)
+        assert turns == shots.turns(second, PROMPTS) and [said for _, said in turns] == ["false", "true"]
+    assert shots.turns("mermaid", PROMPTS)[0][1].startswith("```mermaid")
+
+
 def test_a_failing_picture_is_recorded_and_can_be_tried_again(tasks, data, tmp_path):
     class Broken(Reader):
         def answer(self, images, questions, *, max_new_tokens):
@@ -146,7 +232,7 @@ def test_a_failing_picture_is_recorded_and_can_be_tried_again(tasks, data, tmp_p
 
     noted = []
     samples = start(tasks, data, tmp_path, Broken(tasks, PROMPTS), after_picture=lambda _, image: noted.append(image))
-    assert len(noted) == 8 * 3 - 2 and not any(image.endswith("jpeg/3.jpeg") for image in noted)
+    assert len(noted) == 8 * 2 - 1 and not any(image.endswith("jpeg/3.jpeg") for image in noted)
     failed = [s for s in samples if s.error]
     assert len(samples) == len(tasks.questions) and failed and all("out of memory" in s.error for s in failed)
     assert json.loads((tmp_path / "results.json").read_text())["errors"] == len(failed)
@@ -231,3 +317,12 @@ def test_comparison_sees_a_paired_difference(tasks, data, tmp_path):
     assert (ocr.difference, ocr.better, ocr.worse) == (1.0, 8, 0) and ocr.p_value == pytest.approx(2 / 2**8)
     assert found.tasks["num_nodes"][2].difference == 0.0 and found.tasks["mermaid:link_f1"][1] == 1.0
     assert found.only_a == found.only_b == 0
+
+
+def test_runs_on_other_questions_of_the_same_names_are_not_compared(tasks, data, tmp_path):
+    write_dataset(GenerateConfig(count=8, seed=6, renderer="pillow"), tmp_path / "other")
+    for name, folder in (("a", data), ("b", tmp_path / "other")):
+        mine = load_task("flowlearn/sim-word/true_a_to_b", folder)
+        start(mine, folder, tmp_path / name, Reader(mine, PROMPTS))
+    with pytest.raises(ValueError, match="8 questions or references differ"):  # every answer is `true` in both
+        compare(tmp_path / "a", tmp_path / "b")

@@ -19,6 +19,10 @@ def run(
     profile: Literal["paper", "lenient"] = "paper",
     limit: int | None = None,
     shard: str = "0/1",
+    shots: int = 0,
+    shots_from: Path | None = None,
+    shots_split: str = "test",
+    shots_seed: int = 0,
     retry_errors: bool = False,
     dry_run: bool = False,
     device: str = "cpu",
@@ -40,6 +44,10 @@ def run(
         profile: How answers are read.
         limit: Questions per task.
         shard: Part of the pictures, i/n; join the parts with `headrace vqa merge`.
+        shots: Worked examples before each question: picture, question and answer of the same task.
+        shots_from: Folder of the data set that they are drawn from; a chart that is asked about is never drawn.
+        shots_split: Split of that folder.
+        shots_seed: Of the draw.
         retry_errors: Ask again where the model failed.
         dry_run: Print each task's first prompt and the number of questions; no model is loaded.
         device: Where the model runs.
@@ -49,24 +57,32 @@ def run(
     from headrace.datasets.flowlearn.prompts import find_prompts
     from headrace.vlm import vqa_model, vqa_run
     from headrace.vlm.vqa_data import load_task
+    from headrace.vlm.vqa_shots import draw_shots
 
+    if (shots == 0) != (shots_from is None):
+        raise ValueError("--shots N and --shots-from DIR go together")
     tasks, wording = load_task(task, data, split=split, profile=profile), find_prompts(prompts)
     part, pruning = vqa_run.Shard.parse(shard), vqa_model.pruning_of(prune, keep)
     asked = [question for group in vqa_run.groups_of(tasks, limit=limit, shard=part) for question in group.questions]
+    worked = None
+    if shots_from is not None:
+        worked = draw_shots(tasks, data, count=shots, folder=shots_from, split=shots_split, seed=shots_seed)
     if dry_run:
         require_images(data, asked)
         for name, prompt, image, count in vqa_run.first_prompts(asked, wording):
             print(f"{name}: {count} questions, first on {image}:\n  {prompt}")
+            for example in worked.by_task[name] if worked else ():
+                print(f"  behind {example.image}: {wording.ask(example)} -> {example.answer!r}")
         return 0
     settings = vqa_model.pruning_identity(pruning)
     name = vqa_model.model_name(model)
-    identity = vqa_run.run_identity(tasks, wording, model=name, pruning=settings, data=data, split=split)
-    notes = _PictureNotes(out / vqa_run.PICTURES_FILE, data)
+    identity = vqa_run.run_identity(tasks, wording, model=name, pruning=settings, data=data, split=split, shots=worked)
+    notes = _PictureNotes(out / vqa_run.PICTURES_FILE, data, examples=shots)
     with _Bar(len(asked)) as bar:
         samples = vqa_run.run(
             tasks, vqa_model.opener(model, device=device, pruning=pruning), data=data, out=out, identity=identity,
-            prompts=wording, limit=limit, shard=part, retry_errors=retry_errors, after_picture=notes.add,
-            progress=bar.add,
+            prompts=wording, limit=limit, shard=part, shots=worked, retry_errors=retry_errors,
+            after_picture=notes.add, progress=bar.add,
         )  # fmt: skip
     failed = [sample for sample in samples if sample.error]
     for sample in failed[:3]:
@@ -85,13 +101,13 @@ def run(
 class _PictureNotes:
     """One line per picture: which visual tokens stayed, for the report's overlay."""
 
-    def __init__(self, path: Path, data: Path) -> None:
-        self.path, self.data = path, data
+    def __init__(self, path: Path, data: Path, *, examples: int) -> None:
+        self.path, self.data, self.examples = path, data, examples
 
     def add(self, model: Any, image: str) -> None:
         from headrace.vlm.vqa_model import note_kept
 
-        note_kept(model, self.data, image, self.path)
+        note_kept(model, self.data, image, self.path, examples=self.examples)
 
 
 class _Bar:
@@ -204,7 +220,7 @@ def bench_prune(
         data: Folder of the data set.
         model: Folder or Hub id.
         out: Folder; one run folder per setting inside, resumed if it is there.
-        methods: Pruning methods.
+        methods: Pruning methods, or JSON files of all settings of one.
         keep: Budgets: tokens, or shares below 1.
         split: Split of the data set.
         prompts: Prompt set, or a JSON file: task to text.

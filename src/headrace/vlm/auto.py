@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from headrace.vlm.picture import Picture
+from headrace.vlm.picture import Picture, Worked
 from headrace.vlm.pruning.auto import PruningConfig, encoder_policy
 from headrace.vlm.pruning.reading import AnswerRecord, prunes_encoder
 from headrace.vlm.pruning.towers import find_tower
@@ -23,10 +23,14 @@ class VisionLanguageModel(Protocol):
         images: Picture | Sequence[Picture],
         questions: Sequence[str],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         video: bool = False,
+        worked: Sequence[Worked] = (),
     ) -> list[str]:
-        """One greedy answer per question about the same pictures (or frames, with `video`), encoded once."""
+        """One greedy answer per question about the same pictures (or frames, with `video`), encoded once.
+
+        `worked` makes every picture but the last an example with question and answer, for each question its own.
+        """
 
 
 def load_vlm(

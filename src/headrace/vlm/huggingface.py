@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headrace.vlm.picture import Picture, as_pictures
+from headrace.vlm.picture import Picture, Worked, as_pictures, worked_of
 from headrace.vlm.prefill import GreedyConfig
-from headrace.vlm.prompt import Prompt
+from headrace.vlm.prompt import Prompt, require_room
 from headrace.vlm.pruning.auto import PruningConfig
 from headrace.vlm.pruning.reading import AnswerRecord, marked_pruning, pruned_greedy
 
@@ -33,6 +33,10 @@ def pictures_seen(inputs: Mapping[str, Tensor]) -> int:
             return int(inputs[name][:, 0].sum())
     pixels = next(value for name, value in inputs.items() if name.startswith("pixel_values"))
     return int(pixels.flatten(0, -4).flatten(1).any(1).sum())
+
+
+def _turn(role: str, kinds: Sequence[str], text: str) -> dict[str, Any]:
+    return {"role": role, "content": [*({"type": kind} for kind in kinds), {"type": "text", "text": text}]}
 
 
 class HuggingFaceVLM:
@@ -81,8 +85,9 @@ class HuggingFaceVLM:
         images: Picture | Sequence[Picture],
         questions: Sequence[str],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | Sequence[int] = 64,
         video: bool = False,
+        worked: Sequence[Worked] = (),
     ) -> list[str]:
         """Greedy answers to several questions about the same pictures, which are encoded and read once.
 
@@ -90,16 +95,18 @@ class HuggingFaceVLM:
             images: One picture or several, each a PIL image, an array (H, W, 3) uint8 or a path; shown in order, before
                 the question. With `video` they are the frames of one clip.
             questions: At least one.
-            max_new_tokens: Most tokens per answer.
+            max_new_tokens: Most tokens per answer; one number, or one per question.
+            worked: Worked examples for few-shot prompts, one list per question: an example's question and answer for
+                each picture but the last, in order.
 
         Returns:
             One answer per question, as `model.generate(do_sample=False)` gives it for that question alone.
 
         Raises:
-            ValueError: No picture or no question.
+            ValueError: No picture or no question, or examples that do not fit the pictures or make the prompt too long.
             FileNotFoundError: A path without a file.
         """
-        prompts = self.prompts(images, questions, video=video)
+        prompts = self.prompts(images, questions, video=video, worked=worked)
         written = pruned_greedy(
             self.model,
             self.model.get_input_embeddings(),
@@ -111,18 +118,55 @@ class HuggingFaceVLM:
         return [self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
 
     def prompts(
-        self, images: Picture | Sequence[Picture], questions: Sequence[str], *, video: bool = False
+        self,
+        images: Picture | Sequence[Picture],
+        questions: Sequence[str],
+        *,
+        video: bool = False,
+        worked: Sequence[Worked] = (),
     ) -> list[Prompt]:
         """The prompts of `answer`: ids expanded by the processor, features of one pass of the encoder."""
         pictures = as_pictures(images)
         if not questions:
             raise ValueError("answer needs at least one question")
-        texts = [self._text(question, len(pictures), video=video) for question in questions]
+        turns = worked_of(worked, questions=len(questions), pictures=len(pictures))
+        texts = [self._text(question, len(pictures), video=video, worked=one)
+                 for question, one in zip(questions, turns, strict=True)]  # fmt: skip
         inputs = self._process(texts[0], pictures, video=video)
         media = self.media_id(video=video)
         features = self._timed_features(inputs, video=video)
-        rows = self._expanded(texts, inputs["input_ids"][0], media, pictures, video=video)
-        return [self._prompt(ids.to(self.device), features, inputs, media, video=video) for ids in rows]
+        rows: dict[int, Tensor] = {}
+        for one in dict.fromkeys(turns):  # questions behind the same examples share all ids between the pictures
+            alike = [i for i, other in enumerate(turns) if other == one]
+            same = inputs if alike[0] == 0 else self._process(texts[alike[0]], pictures, video=video)
+            found = self._expanded([texts[i] for i in alike], same["input_ids"][0], media, pictures, video=video)
+            rows |= zip(alike, found, strict=True)
+        made = [self._prompt(rows[i].to(self.device), features, inputs, media, video=video) for i in range(len(texts))]
+        if any(turns):
+            require_room(made, getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
+        return made
+
+    def require_worked(self, count: int) -> None:
+        """Find out before the first picture whether the model can be shown `count` worked examples.
+
+        Raises:
+            ValueError: Its chat template shows one picture at a time.
+        """
+        from jinja2 import TemplateError
+
+        def shown(examples: int) -> int:
+            text = self._text("?", examples + 1, video=False, worked=(("?", "?"),) * examples)
+            return int((self.processor.tokenizer(text, return_tensors="pt").input_ids == self.media_id()).sum())
+
+        try:
+            found, wanted = shown(count), (count + 1) * shown(0)
+        except TemplateError as error:
+            raise ValueError(f"the chat template of {type(self.model).__name__} takes no examples ({error})") from error
+        if found != wanted:
+            raise ValueError(
+                f"the chat template of {type(self.model).__name__} shows {found} of {wanted} pictures: it takes no "
+                "worked examples; run without --shots"
+            )
 
     def media_id(self, *, video: bool = False) -> int:
         """Id of the placeholder that features replace."""
@@ -144,14 +188,19 @@ class HuggingFaceVLM:
             repetition_penalty=settings.repetition_penalty or 1.0,
         )
 
-    def _text(self, question: str, count: int, *, video: bool) -> str:
-        kinds = ["video"] if video else ["image"] * count
+    def _text(self, question: str, count: int, *, video: bool, worked: Worked = ()) -> str:
+        kinds = ["video"] if video else ["image"] * (1 if worked else count)
         if getattr(self.processor, "chat_template", None):
-            content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
-            messages = [{"role": "user", "content": content}]
+            messages: list[dict[str, Any]] = []
+            for asked, said in worked:
+                messages.append(_turn("user", ["image"], asked))
+                messages.append(_turn("assistant", [], said))
+            messages.append(_turn("user", kinds, question))
             return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         token = getattr(self.processor, "video_token" if video else "image_token")
-        return PLAIN_TEMPLATE.format(media=token * len(kinds), question=question)
+        end = self.processor.tokenizer.eos_token or ""
+        before = [f"{PLAIN_TEMPLATE.format(media=token, question=asked)} {said}{end}" for asked, said in worked]
+        return "".join([*before, PLAIN_TEMPLATE.format(media=token * len(kinds), question=question)])
 
     def _process(self, text: str, pictures: list[Any], *, video: bool) -> dict[str, Tensor]:
         media = {"videos": [pictures]} if video else {"images": pictures}

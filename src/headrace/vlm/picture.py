@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+Worked = Sequence[tuple[str, str]]  # question and answer of worked examples, one per picture before the last
 Picture = Any  # PIL.Image.Image | np.ndarray | str | os.PathLike
 
 
@@ -34,8 +35,8 @@ def as_picture(given: Picture) -> Any:
             raise FileNotFoundError(f"no picture at {os.fspath(given)!r}")
         try:
             return Image.open(given).convert("RGB")
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{os.fspath(given)!r} is not a picture that Pillow can read") from error
+        except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:  # SyntaxError: broken PNG
+            raise ValueError(f"{os.fspath(given)!r} is not a picture that Pillow can read ({error})") from error
     raise TypeError(f"a picture is a PIL image, an array or a path, got {type(given).__name__}")
 
 
@@ -49,3 +50,18 @@ def as_pictures(given: Picture | Sequence[Picture]) -> list[Any]:
     if not several:
         raise ValueError("at least one picture is needed")
     return [as_picture(one) for one in several]
+
+
+def worked_of(worked: Sequence[Worked], *, questions: int, pictures: int) -> list[tuple[tuple[str, str], ...]]:
+    """The worked examples of every question, checked; no examples at all is an empty list for each.
+
+    Raises:
+        ValueError: Not one list per question, or not one example per picture before the last.
+    """
+    turns = [tuple((str(asked), str(said)) for asked, said in one) for one in worked] or [()] * questions
+    if len(turns) != questions:
+        raise ValueError(f"{questions} questions need as many lists of worked examples, got {len(turns)}")
+    wrong = [len(one) for one in turns if one and len(one) != pictures - 1]
+    if wrong:
+        raise ValueError(f"{wrong[0]} worked examples need {wrong[0] + 1} pictures, the last one's own; got {pictures}")
+    return turns

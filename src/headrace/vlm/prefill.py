@@ -22,27 +22,41 @@ class GreedyConfig:
     """How to write.
 
     Attributes:
-        max_new_tokens: Most tokens to write per prompt.
+        max_new_tokens: Most tokens to write: one number for all prompts, or one per prompt.
         stop_ids: Any of these ends an answer and is not part of it.
         repetition_penalty: Divides positive and multiplies negative logits of ids seen so far; 1 is off.
         chunk: Prompt positions read per pass, None for all at once; bounds memory on long prompts.
         rows: Most prompts written together.
     """
 
-    max_new_tokens: int
+    max_new_tokens: int | Sequence[int]
     stop_ids: tuple[int, ...] = ()
     repetition_penalty: float = 1.0
     chunk: int | None = None
     rows: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        given = self.max_new_tokens
+        if any(limit < 1 for limit in ([given] if isinstance(given, int) else given)):
+            raise ValueError(f"max_new_tokens must be at least 1, got {given}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, got {self.chunk}")
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+    def limits(self, count: int) -> list[int]:
+        """Most tokens to write for each of `count` prompts.
+
+        Raises:
+            ValueError: There are limits for another number of prompts.
+        """
+        if isinstance(self.max_new_tokens, int):
+            return [self.max_new_tokens] * count
+        if len(self.max_new_tokens) != count:
+            raise ValueError(f"{count} prompts need as many max_new_tokens, got {len(self.max_new_tokens)}")
+        return list(self.max_new_tokens)
 
 
 def read(model: nn.Module, batch: PromptBatch, cache: KVCache, *, past: Tensor, chunk: int | None = None) -> Tensor:
@@ -85,7 +99,7 @@ def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 @torch.no_grad()
 def write(
     model: nn.Module, embed: nn.Module, logits: Tensor, batch: PromptBatch, cache: KVCache, past: Tensor, *,
-    config: GreedyConfig, seen: Tensor,
+    config: GreedyConfig, seen: Tensor, limit: int,
 ) -> list[list[int]]:  # fmt: skip
     """Continue every row greedily until it stops.
 
@@ -95,6 +109,7 @@ def write(
         batch: The prompts' last part; its last positions fix where the text goes on.
         cache: Holds the prompts. `past`, bool (B, N), marks its real entries.
         seen: int64 (B, M), ids so far, for the repetition penalty.
+        limit: Most tokens per row.
 
     Returns:
         New ids per row, without the stop id.
@@ -107,7 +122,7 @@ def write(
         chosen = penalised(logits.float(), seen, config.repetition_penalty).argmax(-1, keepdim=True)
         written.append(chosen)
         done |= torch.isin(chosen[:, 0], stops)
-        if len(written) == config.max_new_tokens or bool(done.all()):
+        if len(written) == limit or bool(done.all()):
             break
         seen = torch.cat([seen, chosen], dim=1)
         position = position + 1
@@ -126,27 +141,39 @@ def _until_stop(ids: list[int], stops: set[int]) -> list[int]:
 def greedy(model: nn.Module, embed: nn.Module, prompts: Sequence[Prompt], config: GreedyConfig) -> list[list[int]]:
     """Greedy continuations of prompts that share a prefix, such as questions about one picture.
 
-    The shared prefix is read once. The answers are those of reading each prompt alone.
+    The shared prefix is read once. The answers are those of reading each prompt alone. Prompts with one limit are
+    written together, so that short answers do not wait for long ones.
 
     Returns:
         New ids per prompt, without the stop id.
     """
+    limits = config.limits(len(prompts))
     shared = common_prefix(prompts) if len(prompts) > 1 else 0
     trunk = KVCache()
     if shared:
         head = left_pad([prompts[0].part(0, shared)])
         read(model, head, trunk, past=head.mask[:, :0], chunk=config.chunk)
-    answers = []
-    for start in range(0, len(prompts), config.rows):
-        group = prompts[start : start + config.rows]
+    answers: dict[int, list[int]] = {}
+    for chosen in _together(limits, config.rows):
+        group = [prompts[i] for i in chosen]
         tail = left_pad([p.part(shared) for p in group])
         cache = trunk.fork(len(group))
         past = torch.ones(len(group), shared, dtype=torch.bool, device=tail.mask.device)
         logits = read(model, tail, cache, past=past, chunk=config.chunk)
         seen = torch.cat([prompts[0].ids[:shared].expand(len(group), -1), _filled(tail)], dim=1)
         past = torch.cat([past, tail.mask], dim=1)
-        answers += write(model, embed, logits, tail, cache, past, config=config, seen=seen)
-    return answers
+        ids = write(model, embed, logits, tail, cache, past, config=config, seen=seen, limit=limits[chosen[0]])
+        answers |= zip(chosen, ids, strict=True)
+    return [answers[i] for i in range(len(prompts))]
+
+
+def _together(limits: Sequence[int], rows: int) -> list[list[int]]:
+    """Numbers of the prompts that are written together: one limit, at most `rows`."""
+    found = []
+    for limit in dict.fromkeys(limits):
+        alike = [i for i, other in enumerate(limits) if other == limit]
+        found += [alike[start : start + rows] for start in range(0, len(alike), rows)]
+    return found
 
 
 @torch.no_grad()
@@ -165,12 +192,12 @@ def greedy_each(
         New ids per prompt, without the stop id.
     """
     answers = []
-    for prompt in prompts:
+    for prompt, limit in zip(prompts, config.limits(len(prompts)), strict=True):
         cache, batch = KVCache(), left_pad([prompt])
         with reading(prompt, cache):
             logits = read(model, batch, cache, past=batch.mask[:, :0])
         past = torch.ones(1, cache.length, dtype=torch.bool, device=logits.device)
-        answers += write(model, embed, logits, batch, cache, past, config=config, seen=batch.ids)
+        answers += write(model, embed, logits, batch, cache, past, config=config, seen=batch.ids, limit=limit)
     return answers
 
 

@@ -56,6 +56,20 @@ def common_prefix(prompts: Sequence[Prompt]) -> int:
     return limit if bool(alike.all()) else int(alike.int().argmin())
 
 
+def require_room(prompts: Sequence[Prompt], most: int | None) -> None:
+    """Refuse prompts that are longer than what a model was made for.
+
+    Raises:
+        ValueError: One has more than `most` positions.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"with its worked examples a prompt has {longest} positions, the model was made for {most}; "
+            "give fewer examples or prune visual tokens"
+        )
+
+
 def left_pad(prompts: Sequence[Prompt]) -> PromptBatch:
     """Stack prompts so that all end in the last column."""
     longest = max(len(p.ids) for p in prompts)

@@ -186,24 +186,28 @@ class VideoLanguageModel(AnswersPictures, WithTextTokenizer):
 
     # Sequences
 
-    def conversation(self, *, pictures: int = 1) -> SequenceLayout:
+    def conversation(self, *, pictures: int = 1, worked: bool = False) -> SequenceLayout:
         """Layout of one question about pictures: fields `picture_0`, ..., `question`, `answer`; the answer is scored.
 
-        With a discrete tokenizer the pictures are ids of `visual`, each closed by `eof`; else slots of `picture`.
+        With a discrete tokenizer the pictures are ids of `visual`, each closed by `eof`; else slots of `picture`. With
+        `worked` every picture but the last is a worked example, a turn with `question_0`, `answer_0`, ... of its own.
         """
         template, codes = self.config.template, self.encoder.codes is not None
         parts: list[Any] = [Special(special="bos")] if "bos" in self.config.text_specials else []
+        ending = [Special(special="eos", special_scored=True)] if "eos" in self.config.text_specials else []
         parts.append(Delimiter(text=template.before))
         for index in range(pictures):
             kind: dict[str, Any] = {"modality": "visual", "group_end": "eof"} if codes else {"modality": "picture"}
             parts.append(Delimiter(text=template.picture_before))
             parts.append(Field(name=f"picture_{index}", scored=False, **kind))
             parts.append(Delimiter(text=template.picture_after))
+            if worked and index < pictures - 1:
+                parts.append(Field(name=f"question_{index}", modality="text", scored=False))
+                parts.append(Delimiter(text=template.after))
+                parts += [Field(name=f"answer_{index}", modality="text"), *ending, Delimiter(text=template.before)]
         parts.append(Field(name="question", modality="text", scored=False))
         parts.append(Delimiter(text=template.after))
-        parts.append(Field(name="answer", modality="text"))
-        if "eos" in self.config.text_specials:
-            parts.append(Special(special="eos", special_scored=True))
+        parts += [Field(name="answer", modality="text"), *ending]
         return SequenceLayout(
             vocabularies=self.vocabularies,
             parts=tuple(part for part in parts if not (isinstance(part, Delimiter) and not part.text)),

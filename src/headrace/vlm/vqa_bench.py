@@ -22,7 +22,7 @@ class SweepConfig:
     """What to sweep.
 
     Attributes:
-        methods: Pruning methods by name.
+        methods: Pruning methods by name, or JSON files of all settings, whose budget `keep` replaces.
         keep: Budgets: tokens, or shares below 1.
         limit: Questions per task.
         repeats: Timed calls per setting, after `warmup` untimed ones; each reads another picture.
@@ -39,14 +39,16 @@ class SweepConfig:
             raise ValueError("a sweep needs at least one method and one budget")
         if self.repeats < 1 or self.warmup < 0:
             raise ValueError(f"repeats must be at least 1 and warmup not negative, got {self.repeats}, {self.warmup}")
-        for method in self.methods:
-            for keep in self.keep:
-                pruning_of(method, keep)
+        labels = [label for label, _ in self.settings()]
+        twice = next((label for label in labels if labels.count(label) > 1), None)
+        if twice:
+            raise ValueError(f"two settings would be written to one folder {twice!r}; name each method and budget once")
 
     def settings(self) -> list[tuple[str, Any]]:
         """Folder name and pruning of every point; the first is no pruning."""
         points: list[tuple[str, Any]] = [("full", None)]
-        points += [(f"{m}-{k:g}", pruning_of(m, k)) for m in self.methods for k in self.keep]
+        named = [(Path(m).stem if m.endswith(".json") else m, m) for m in self.methods]
+        points += [(f"{name}-{k:g}", pruning_of(m, k)) for name, m in named for k in self.keep]
         return points
 
 
@@ -58,16 +60,17 @@ def time_prefill(
     *,
     warmup: int,
     repeats: int,
+    limit: int | None = None,
     without: Collection[str] = (),
 ) -> list[float]:
     """Milliseconds of encoding a picture and reading one question up to the first token, once per picture in turn.
 
-    Pictures named in `without` are left out.
+    Pictures named in `without` are left out, and those that only questions beyond `limit` are about.
 
     Raises:
         ValueError: No picture is left.
     """
-    questions = [group.questions[0] for group in groups_of(tasks) if group.image not in without]
+    questions = [group.questions[0] for group in groups_of(tasks, limit=limit) if group.image not in without]
     if not questions:
         raise ValueError("the model failed on every picture, so that there is nothing to time; see the errors above")
     times = []
@@ -131,7 +134,8 @@ def sweep(
         samples = run(tasks, lambda: model, data=data, out=folder, identity=identity, prompts=prompts,
                       limit=config.limit, after_picture=note, progress=tell)  # fmt: skip
         failed = {sample.image for sample in samples if sample.error}
-        times = time_prefill(model, tasks, data, prompts, warmup=config.warmup, repeats=config.repeats, without=failed)
+        times = time_prefill(model, tasks, data, prompts, warmup=config.warmup, repeats=config.repeats,
+                             limit=config.limit, without=failed)  # fmt: skip
         low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
         facts = {"median_ms": statistics.median(times), "quartiles_ms": [low, high], "times_ms": times}
         write_json(folder / PREFILL_FILE, {**facts, **kept_of(model)})

@@ -1,6 +1,7 @@
 """Open a model for a run, with or without pruning, and tell models apart by what is in their files."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from headrace.datasets.json_file import read_object
 from headrace.nn.fingerprint import folder_fingerprint
 from headrace.vlm.pruning.budget import Budget
 from headrace.vlm.vqa_run import Answerer
@@ -17,7 +19,7 @@ _KINDS = (".json", ".jinja", ".safetensors", ".bin", ".model", ".txt")  # of a f
 
 def model_name(source: str) -> str:
     """`source` with a fingerprint of its files when it is a folder, so that another checkpoint under one name shows."""
-    folder = Path(source)
+    folder = Path(os.path.abspath(source))
     return f"{folder.name}@{folder_fingerprint(folder, kinds=_KINDS)}" if folder.is_dir() else source
 
 
@@ -27,7 +29,7 @@ def budget_of(keep: float) -> Budget:
     Raises:
         ValueError: Not above 0, or above 1 and not whole.
     """
-    if keep >= 1 and keep == int(keep):
+    if keep >= 1 and float(keep).is_integer():
         return Budget(tokens=int(keep))
     return Budget(share=keep)
 
@@ -58,13 +60,12 @@ def _pruning_of_file(path: Path, keep: float | None) -> Any:
 
     if not path.is_file():
         raise FileNotFoundError(f"no pruning settings {path}")
+    wanted = "an object such as run.json's `pruning`"
+    data = read_object(path, wanted=wanted, hint=f"it must hold {wanted}")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}; wanted an object such as run.json's `pruning`")
-    return pruning_from_dict(data if keep is None else data | {"budget": asdict(budget_of(keep))})
+        return pruning_from_dict(data if keep is None else data | {"budget": asdict(budget_of(keep))})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def pruning_identity(pruning: Any) -> dict[str, Any] | None:
@@ -101,19 +102,20 @@ def set_pruning(model: Any, pruning: Any) -> None:
     model.pruning = pruning
 
 
-def note_kept(model: Any, data: Path, image: str, file: Path) -> None:
+def note_kept(model: Any, data: Path, image: str, file: Path, *, examples: int = 0) -> None:
     """Append to `file` how many visual tokens a picture's prompt had and kept, and which of the picture's stayed.
 
     The latter only where the encoder prunes: with the picture's token grid, and where on it the picture lies. Nothing
-    is written for a model without pruning. `image` is relative to `data`.
+    is written for a model without pruning. `image` is relative to `data`. Behind worked examples the picture is the
+    prompt's last, the counts are the whole prompt's, and what stayed of crops is not noted.
     """
     if getattr(model, "pruning", None) is None or getattr(model, "record", None) is None:
         return
     before, after = token_counts(model)
     note: dict[str, Any] = {"image": image, "before": before, "after": after}
     record = model.record
-    if record.kept:
-        note |= {"kept": list(record.kept[0]), "of": int(record.units[0]), "grid": record.grids[0]}
+    if record.kept and examples in (0, len(record.kept) - 1):
+        note |= {"kept": list(record.kept[examples]), "of": int(record.units[examples]), "grid": record.grids[examples]}
         with Image.open(data / image) as opened:
             note["region"] = region_of(model, *opened.size)
     with file.open("a", encoding="utf-8") as out:

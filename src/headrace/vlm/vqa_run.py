@@ -2,10 +2,11 @@
 
 import hashlib
 import itertools
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,11 +22,13 @@ from headrace.vlm.vqa_samples import (
     SAMPLES_FILE,
     Sample,
     SampleWriter,
+    claim_run,
     identity_hash,
     read_samples,
     require_same_run,
     write_json,
 )
+from headrace.vlm.vqa_shots import Shots, require_worked
 
 PICTURES_FILE = "pictures.jsonl"
 
@@ -33,8 +36,11 @@ PICTURES_FILE = "pictures.jsonl"
 class Answerer(Protocol):
     """What a run needs of a model."""
 
-    def answer(self, images: Any, questions: list[str], *, max_new_tokens: int) -> list[str]:
-        """One answer per question about the same picture, which is encoded once."""
+    def answer(self, images: Any, questions: list[str], *, max_new_tokens: Any) -> list[str]:
+        """One answer per question about the same picture, which is encoded once; `max_new_tokens` has one per question.
+
+        To be shown worked examples it must also take `worked`, see `auto.VisionLanguageModel`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,20 +74,22 @@ class Shard:
 
     @property
     def finished(self) -> str:
-        """Name of the empty file that says that this part was answered to its end."""
+        """Name of the file that says that this part was answered to its end, and with which `limit`."""
         return Path(self.file).stem + ".finished"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Questions that are asked in one call: same picture, same length of answer."""
+    """Questions that are asked in one call: same picture, and same pictures of worked examples before it."""
 
     image: str
-    new_tokens: int
     questions: tuple[Question, ...]
+    examples: tuple[Path, ...] = ()
 
 
-def groups_of(tasks: TaskSet, *, limit: int | None = None, shard: Shard = Shard()) -> list[Group]:
+def groups_of(
+    tasks: TaskSet, *, limit: int | None = None, shard: Shard = Shard(), shots: Shots | None = None
+) -> list[Group]:
     """Questions by picture in the data set's order; `limit` counts questions per task before sharding.
 
     Raises:
@@ -90,14 +98,15 @@ def groups_of(tasks: TaskSet, *, limit: int | None = None, shard: Shard = Shard(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     taken: dict[str, int] = {}
-    buckets: dict[tuple[str, int], list[Question]] = {}
+    buckets: dict[tuple[str, tuple[Path, ...]], list[Question]] = {}
     for question in tasks.questions:
         taken[question.task] = taken.get(question.task, 0) + 1
         if limit is not None and taken[question.task] > limit:
             continue
         if shard.holds(question.image):
-            buckets.setdefault((question.image, tasks.new_tokens[question.task]), []).append(question)
-    return [Group(image=key[0], new_tokens=key[1], questions=tuple(rows)) for key, rows in buckets.items()]
+            examples = shots.pictures(question.task) if shots else ()
+            buckets.setdefault((question.image, examples), []).append(question)
+    return [Group(image=key[0], questions=tuple(rows), examples=key[1]) for key, rows in buckets.items()]
 
 
 def versions() -> dict[str, str]:
@@ -112,21 +121,35 @@ def versions() -> dict[str, str]:
 
 
 def run_identity(
-    tasks: TaskSet, prompts: PromptSet, *, model: str, pruning: dict[str, Any] | None, data: Path, split: str
+    tasks: TaskSet,
+    prompts: PromptSet,
+    *,
+    model: str,
+    pruning: dict[str, Any] | None,
+    data: Path,
+    split: str,
+    shots: Shots | None = None,
 ) -> dict[str, Any]:
     """What must be the same for answers to belong to one run; stored in `run.json`, compared on resume."""
     listed = hashlib.sha256("\n".join(q.uid + q.question + q.answer for q in tasks.questions).encode()).hexdigest()[:12]
+    folder = os.path.basename(os.path.abspath(data))  # `.` has a name, too
     return {
-        "task": tasks.name, "split": split, "data": data.name, "data_hash": listed, "model": model,
+        "task": tasks.name, "split": split, "data": folder, "data_hash": listed, "model": model,
         "prompts": prompts.name, "prompt_hash": prompts.hash, "pruning": pruning, "reading": tasks.reading,
+        **({"shots": shots.identity} if shots else {}),
     }  # fmt: skip
 
 
-def _ask(group: Group, model: Answerer, data: Path, prompts: PromptSet, tasks: TaskSet) -> list[Sample]:
+def _ask(
+    group: Group, model: Answerer, data: Path, prompts: PromptSet, tasks: TaskSet, shots: Shots | None
+) -> list[Sample]:
     texts = [prompts.ask(question) for question in group.questions]
+    limits = [tasks.new_tokens[question.task] for question in group.questions]
+    pictures: Any = [*group.examples, data / group.image] if shots else data / group.image
+    more = {"worked": [shots.turns(question.task, prompts) for question in group.questions]} if shots else {}
     started, error = time.perf_counter(), ""
     try:
-        answers = model.answer(data / group.image, texts, max_new_tokens=group.new_tokens)
+        answers = model.answer(pictures, texts, max_new_tokens=limits, **more)
         if len(answers) != len(texts):
             raise ValueError(f"the model gave {len(answers)} answers to {len(texts)} questions")
     except (RuntimeError, ValueError, OSError, IndexError, KeyError, TypeError) as failure:
@@ -148,6 +171,7 @@ def run(
     prompts: PromptSet,
     limit: int | None = None,
     shard: Shard = Shard(),
+    shots: Shots | None = None,
     retry_errors: bool = False,
     after_picture: Callable[[Answerer, str], None] | None = None,
     progress: Callable[[list[Sample]], None] | None = None,
@@ -166,6 +190,7 @@ def run(
         prompts: Wording.
         limit: Questions per task.
         shard: Which part of the pictures.
+        shots: Worked examples that go before every question; `identity` must name them.
         retry_errors: Ask again where the model failed.
         after_picture: Called with the model and the picture's name after each picture that was asked about; not where
             the model failed, because it then still holds what it knows of an earlier picture.
@@ -176,9 +201,10 @@ def run(
 
     Raises:
         FileNotFoundError: Pictures are missing; they are named.
-        ValueError: `out` holds another run; says what differs.
+        ValueError: `out` holds another run, and says what differs; or the model takes no worked examples. Nothing is
+            written before the model is open.
     """
-    groups = groups_of(tasks, limit=limit, shard=shard)
+    groups = groups_of(tasks, limit=limit, shard=shard, shots=shots)
     asked = [question for group in groups for question in group.questions]
     require_images(data, asked)
     require_same_run(out, identity)
@@ -188,16 +214,18 @@ def run(
         done = {uid: sample for uid, sample in done.items() if not sample.error}
     if progress:
         progress([done[q.uid] for q in asked if q.uid in done])
+    todo = [replace(group, questions=left) for group in groups
+            if (left := tuple(q for q in group.questions if q.uid not in done))]  # fmt: skip
+    opened = model() if todo else None
+    if opened is not None and shots:
+        require_worked(opened, shots.count)
+    claim_run(out, identity)
     (out / shard.finished).unlink(missing_ok=True)
-    writer, opened = SampleWriter(path), None
+    writer = SampleWriter(path)
     try:
-        for group in groups:
-            left = tuple(q for q in group.questions if q.uid not in done)
-            if not left:
-                continue
-            opened = opened or model()
-            rest = Group(image=group.image, new_tokens=group.new_tokens, questions=left)
-            samples = _ask(rest, opened, data, prompts, tasks)
+        for group in todo:
+            assert opened is not None
+            samples = _ask(group, opened, data, prompts, tasks, shots)
             writer.write(samples)
             done |= {sample.uid: sample for sample in samples}
             if after_picture and not samples[0].error:
@@ -210,7 +238,7 @@ def run(
     if shard.count == 1:
         write_results(out, identity, samples)
     else:
-        (out / shard.finished).touch()
+        (out / shard.finished).write_text(f"limit {limit}\n")
     return samples
 
 
@@ -226,7 +254,7 @@ def merge_shards(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No shards, or parts of the set are missing or were stopped before their end; names them.
-        ValueError: Shards of more than one division.
+        ValueError: Shards of more than one division, or asked with different limits.
     """
     paths = sorted(out.glob("samples-*-of-*.jsonl"))
     if not paths:
@@ -245,13 +273,17 @@ def merge_shards(out: Path, identity: dict[str, Any]) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{out} holds shards that did not end: {names}; run them again, they go on where they stopped"
         )
+    limits = {(out / shard.finished).read_text().strip() for shard in shards} - {""}  # empty: of an earlier version
+    if len(limits) > 1:
+        raise ValueError(f"{out} holds shards with different limits ({', '.join(sorted(limits))}); run them with one")
     samples = list(itertools.chain.from_iterable(read_samples(path) for path in paths))
     samples.sort(key=lambda sample: sample.uid)
-    target = out / SAMPLES_FILE
-    target.unlink(missing_ok=True)
-    writer = SampleWriter(target)
+    whole = out / f".{SAMPLES_FILE}.part"
+    whole.unlink(missing_ok=True)
+    writer = SampleWriter(whole)
     writer.write(samples)
     writer.close()
+    whole.replace(out / SAMPLES_FILE)
     return write_results(out, identity, samples)
 
 

@@ -63,12 +63,11 @@ def read_samples(path: Path) -> list[Sample]:
         raise FileNotFoundError(f"{path} holds no {SAMPLES_FILE}; run `headrace vqa run --out {path}` first")
     found: dict[str, Sample] = {}
     for one in paths:
-        text = one.read_text(encoding="utf-8")
         # not splitlines(): answers may hold other line separators, which JSON leaves as they are
-        for number, line in enumerate(text.split("\n")[:-1], start=1):
+        for number, line in enumerate(one.read_bytes().split(b"\n")[:-1], start=1):
             try:
                 sample = Sample(**json.loads(line))
-            except (json.JSONDecodeError, TypeError) as error:
+            except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
                 raise ValueError(f"{one}, line {number}, is not a sample ({error})") from error
             found[sample.uid] = sample
     return list(found.values())
@@ -104,23 +103,29 @@ def identity_hash(identity: dict[str, Any]) -> str:
 
 
 def require_same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Write the identity of a new run, or refuse to go on with another one's answers.
+    """Refuse to go on with another run's answers; writes nothing.
 
     Raises:
         ValueError: The folder belongs to a run with another model, prompt, pruning or data; names what differs.
     """
     path = folder / RUN_FILE
-    if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
-        keys = sorted(there.keys() | identity.keys())
-        differing = [f"{k}: there {there.get(k)!r}, asked {identity.get(k)!r}" for k in keys
-                     if there.get(k) != identity.get(k)]  # fmt: skip
-        if differing:
-            raise ValueError(
-                f"{folder} holds a run that differs: {'; '.join(differing)}. Choose another --out, or ask for the same."
-            )
+    if not path.is_file():
         return
-    write_json(path, identity)
+    there = json.loads(path.read_text(encoding="utf-8"))
+    keys = sorted(there.keys() | identity.keys())
+    differing = [f"{k}: there {there.get(k)!r}, asked {identity.get(k)!r}" for k in keys
+                 if there.get(k) != identity.get(k)]  # fmt: skip
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run that differs: {'; '.join(differing)}. Choose another --out, or ask for the same."
+        )
+
+
+def claim_run(folder: Path, identity: dict[str, Any]) -> None:
+    """Write the identity of a new run; as `require_same_run` where another one has come first."""
+    require_same_run(folder, identity)
+    if not (folder / RUN_FILE).is_file():
+        write_json(folder / RUN_FILE, identity)
 
 
 def write_json(path: Path, data: Any) -> None:

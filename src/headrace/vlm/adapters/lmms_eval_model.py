@@ -38,17 +38,19 @@ class HeadraceModel(lmms):
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """One answer per request, in their order. Pictures are opened when their questions' turn comes."""
-        groups: dict[tuple[str, int], list[tuple[int, Any, Any]]] = {}
+        groups: dict[str, list[tuple[int, Any, Any, int]]] = {}
         for index, request in enumerate(requests):
             messages_of, settings, doc_id, task, split = request.args[-5:]
             doc = self.task_dict[task][split][doc_id]
             key = doc.get("image_path", f"{task}/{split}/{doc_id}") if isinstance(doc, dict) else f"{task}/{doc_id}"
-            groups.setdefault((key, int(settings.get("max_new_tokens", 128))), []).append((index, messages_of, doc))
+            limit = int(settings.get("max_new_tokens", 128))
+            groups.setdefault(key, []).append((index, messages_of, doc, limit))
         answers = [""] * len(requests)
-        for (_, new_tokens), members in groups.items():
-            parts = [_parts(messages_of(doc)) for _, messages_of, doc in members]
-            given = self.answerer.answer(parts[0][0], [text for _, text in parts], max_new_tokens=new_tokens)
-            for (index, _, _), answer in zip(members, given, strict=True):
+        for members in groups.values():
+            parts = [_parts(messages_of(doc)) for _, messages_of, doc, _ in members]
+            limits = [limit for *_, limit in members]
+            given = self.answerer.answer(parts[0][0], [text for _, text in parts], max_new_tokens=limits)
+            for (index, *_), answer in zip(members, given, strict=True):
                 answers[index] = answer
         return answers
 
