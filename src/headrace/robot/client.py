@@ -67,7 +67,7 @@ class RemotePolicy:
             self.close()
             raise ValueError(f"{url} does not tell its action convention; pass spec=ActionSpec(...)")
         try:
-            self.spec = spec if spec is not None else ActionSpec.from_dict(dict(told))
+            self.spec = spec if spec is not None else ActionSpec.from_dict(dict(told or {}))
         except (TypeError, ValueError) as error:
             self.close()
             raise ValueError(f"{url} tells no valid action convention: {error}") from error

@@ -119,7 +119,7 @@ class LeRobotArm:
         pair = (getattr(self.robot, side, None) for side in ("left_arm", "right_arm"))
         for arm in (self.robot, *(one for one in pair if one is not None)):
             config, bus = getattr(arm, "config", None), getattr(arm, "bus", None)
-            if getattr(bus, "is_connected", False):
+            if bus is not None and getattr(bus, "is_connected", False):
                 torque_off = getattr(config, "disable_torque_on_disconnect", True)
                 if not _attempt(partial(bus.disconnect, torque_off)) and torque_off:
                     log.warning("%s: the torque could not be switched off", self._port)

@@ -178,7 +178,7 @@ class HuggingFaceVLM:
             raise ValueError(f"{type(self.model).__name__} has no {name}: it takes no {kind}")
         return int(found)
 
-    def _greedy_config(self, max_new_tokens: int) -> GreedyConfig:
+    def _greedy_config(self, max_new_tokens: int | Sequence[int]) -> GreedyConfig:
         settings = self.model.generation_config
         stops = settings.eos_token_id
         stop_ids = tuple(stops) if isinstance(stops, list | tuple) else () if stops is None else (int(stops),)
