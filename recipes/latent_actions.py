@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import tyro
 
+from headrace.datasets.frame_rate import common_rate
 from headrace.datasets.lerobot_files import read_columns, read_info, vector_names
 from headrace.datasets.video_clips import ClipBatches, VideoClips
 from headrace.datasets.video_source import open_sources
@@ -222,8 +223,7 @@ def main(recipe: Recipe) -> None:
     torch.manual_seed(recipe.seed)
     training, held_out = split(recipe)
     config = config_of(recipe)
-    if len({source.rate for source in training.sources}) == 1:
-        config = replace(config, fps=training.sources[0].rate)
+    config = replace(config, fps=common_rate(source.rate for source in training.sources) or config.fps)
     model = LatentActionModel(config)
     if recipe.features is not None:
         model.encoder.features.load_dinov2(recipe.features)
