@@ -61,7 +61,8 @@ class Recipe:
         frozen: Stages of the stem, from the pixels on, that are not trained further; three save two fifths of an
             encoder update once `stem` has taught them.
         full_share: Share of steps on the whole canvas; the others take the smallest one that holds the batch.
-        statements: Rounds of the four statement tasks per chart.
+        framed_share: Share of the pictures with a red frame around one box.
+        statements: Rounds of the four statement tasks per chart, and of the letter in the frame.
         long_share: Chance that a chart is asked for Mermaid code; half of it for a description.
     """
 
@@ -81,6 +82,7 @@ class Recipe:
     batch_size: int = 32
     lr: float = 1e-3
     full_share: float = 0.1
+    framed_share: float = 0.5
     statements: int = 3
     long_share: float = 0.5
     seed: int = 0
@@ -176,7 +178,7 @@ class ChartBatches:
         rows, columns = (grid, grid) if full else np.minimum(self.cells[chosen].max(axis=0) + 1, grid)
         images, facts, targets, asked = [], [], [], []
         for index in chosen[self.rank :: self.world]:
-            chart = varied(self.charts[index], self.letters, rng)
+            chart = varied(self.charts[index], self.letters, rng, framed_share=self.recipe.framed_share)
             high, wide = chart.pixels.shape[:2]
             top, left = rng.randint(0, rows * self.patch - high), rng.randint(0, columns * self.patch - wide)
             canvas = np.full((rows * self.patch, columns * self.patch, 3), 128, np.uint8)
@@ -221,7 +223,7 @@ class WindowBatches:
         side = WINDOW * source.patch
         windows = []
         for number in rng.choices(range(len(source.charts)), k=recipe.batch_size)[source.rank :: source.world]:
-            chart = varied(source.charts[number], source.letters, rng)
+            chart = varied(source.charts[number], source.letters, rng, framed_share=recipe.framed_share)
             canvas = np.pad(chart.pixels, ((side, side), (side, side), (0, 0)), constant_values=128)
             lines = [along(edge, source.patch / 8) for edge in chart.graph.edges]
             middles = np.array([(n.box[0] + n.box[2], n.box[1] + n.box[3]) for n in chart.graph.nodes]) / 2

@@ -108,7 +108,7 @@ def test_windows_hold_the_letter_that_they_name(script, recipe, charts):
         drawn[number] = chart
     source = script.ChartBatches(drawn, replace(recipe, batch_size=4), None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "varied", lambda chart, letters, rng: chart)
+        patch.setattr(script, "varied", lambda chart, letters, rng, framed_share: chart)
         batch = script.WindowBatches(source).at(3)
     images, letter = batch["images"], batch["letter"]
     assert images.shape[1:] == (64, 64, 3) and (letter >= 0).any() and batch["head"].any()

@@ -72,16 +72,16 @@ def training_questions(
         graph: The chart. `boxed`: id of the framed node, None asks no OCR.
         prompts: Wording.
         rng: Draws the statements.
-        statements: Rounds of the four statement tasks, with the clean protocol.
+        statements: Rounds of the four statement tasks, with the clean protocol, and of the letter in the frame.
         long_share: Chance that Mermaid code is asked for; half of it for a description.
 
     Returns:
         The benchmark's questions, and as an exercise where the arrows of every box lead.
     """
     asked = [("num_nodes", "", str(len(graph.nodes))), ("num_arrows", "", str(len(graph.edges)))]
-    if boxed is not None:
-        asked.append(("ocr", "", graph.label[boxed]))
     for _ in range(statements):
+        if boxed is not None:  # as often as the statements: asked once, it was the last thing to be learned
+            asked.append(("ocr", "", graph.label[boxed]))
         chart = Chart(name="", variant="char", graph=graph, background="", boxed="", seed=rng.getrandbits(64))
         for task, (a, b) in sample_statements(chart, "clean").items():
             text = (points_to if task.endswith("a_to_b") else exists_between)(a, b)

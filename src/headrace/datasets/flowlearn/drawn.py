@@ -176,7 +176,9 @@ def framed(chart: DrawnChart, node: str) -> DrawnChart:
     return chart._replace(pixels=pixels, boxed=node)
 
 
-def varied(chart: DrawnChart, letters: dict[str, list[Pixels]], rng: random.Random) -> DrawnChart:
+def varied(
+    chart: DrawnChart, letters: dict[str, list[Pixels]], rng: random.Random, *, framed_share: float = 0.5
+) -> DrawnChart:
     """A chart that could have been drawn: mirrored, other letters, another background, one node framed or not."""
     grey = chart.background in ("FFFFFF", "C0C0C0")
     if grey and rng.random() < 0.5:
@@ -186,7 +188,7 @@ def varied(chart: DrawnChart, letters: dict[str, list[Pixels]], rng: random.Rand
         chart = mirrored(chart, axis)
     if flips or rng.random() < 0.5:
         chart = relabelled(chart, letters, rng)
-    return framed(chart, rng.choice(chart.graph.nodes).id) if rng.random() < 0.5 else chart
+    return framed(chart, rng.choice(chart.graph.nodes).id) if rng.random() < framed_share else chart
 
 
 def cells_of(chart: DrawnChart, patch: int) -> tuple[int, int]:
