@@ -55,7 +55,8 @@ class Recipe:
         stage: Which part, see above.
         out: Run folder; each stage has a folder in it, the finished model is `out/model`.
         data: Generated folders of the `char` variant; `language` needs none.
-        start: `weights.safetensors` of an earlier run of this stage, to train on from it in place of random weights.
+        start: `weights.safetensors` of an earlier run of any stage, to train on from it in place of random weights;
+            `language` then leaves the table of facts as it is.
         size: Side of the canvas [px].
         stem, stem_blocks: Convolutions before the ViT; 2 ** stages is its patch.
         frozen: Stages of the stem, from the pixels on, that are not trained further; three save two fifths of an
@@ -487,6 +488,8 @@ def main(recipe: Recipe) -> Path:
         batches = ChartBatches([c for c in charts if len(c.graph.nodes) <= MOST_NODES], recipe, model.tokenizer)
         batches = WindowBatches(batches) if recipe.stage == "stem" else batches
     freeze(model.encoder.inner.patch_embed, recipe.frozen)
+    if recipe.stage == "language" and recipe.start is not None:
+        training.concepts.requires_grad_(False)  # a projector may have learned to state facts by this table
     loss = {
         "language": Training.language_loss,
         "stem": Training.stem_loss,
