@@ -20,9 +20,10 @@ def as_picture(given: Picture) -> Any:
     Raises:
         FileNotFoundError: The path has no file; it is named.
         ValueError: The array's dtype or shape is another, or the file is no picture.
+        OSError: The file is damaged.
         TypeError: Anything else.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageFile, UnidentifiedImageError
 
     if isinstance(given, Image.Image):
         return given.convert("RGB")
@@ -33,10 +34,14 @@ def as_picture(given: Picture) -> Any:
     if isinstance(given, str | os.PathLike):
         if not Path(given).is_file():
             raise FileNotFoundError(f"no picture at {os.fspath(given)!r}")
+        lenient = ImageFile.LOAD_TRUNCATED_IMAGES  # lmms-eval sets it for the whole process; damage would go unseen
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
         try:
             return Image.open(given).convert("RGB")
         except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:  # SyntaxError: broken PNG
             raise ValueError(f"{os.fspath(given)!r} is not a picture that Pillow can read ({error})") from error
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = lenient
     raise TypeError(f"a picture is a PIL image, an array or a path, got {type(given).__name__}")
 
 
