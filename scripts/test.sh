@@ -5,7 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 first=(tests/robot tests/vlm tests/cli tests/parity tests/scripts)
-second=(tests/recipes/test_demo_policy.py tests/recipes/test_demo.py)  # so that both halves take as long
+second=(tests/recipes/test_demo_policy.py tests/recipes/test_demo.py tests/recipes/test_flowchart_vlm.py)  # so that both halves take as long
 for path in tests/recipes/test_*.py; do
   case " ${second[*]} " in *" $path "*) ;; *) first+=("$path") ;; esac
 done
