@@ -54,10 +54,11 @@ def test_two_word_commands_are_found():
     assert find_command(["rollout", "x", "y"]) == ("rollout", ["x", "y"])
 
 
-def test_a_reader_that_left_is_no_error():
+@pytest.mark.parametrize("word", ["tasks", "--help"])
+def test_a_reader_that_left_is_no_error(word):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "headrace.cli.main", "tasks"]
+    command = [sys.executable, "-m", "headrace.cli.main", word]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, "")

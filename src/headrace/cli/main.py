@@ -66,13 +66,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit status: 0 done, 1 something failed, 2 wrong arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(help_text())
-        return EXIT_OK
+        return _tell(help_text())
     if arguments[0] in ("-V", "--version"):
         from headrace import __version__
 
-        print(__version__)
-        return EXIT_OK
+        return _tell(__version__)
     try:
         name, rest = find_command(arguments)
     except ValueError as error:
@@ -105,6 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"headrace {name}: stopped", file=sys.stderr)
         return 130
     return int(status or EXIT_OK)
+
+
+def _tell(text: str) -> int:
+    """Print a text, also to a reader that leaves early."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+    return EXIT_OK
 
 
 def _reader_left() -> bool:
