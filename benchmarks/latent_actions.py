@@ -20,6 +20,8 @@ import numpy as np
 import tyro
 from scipy import stats
 
+from headrace.training.same_settings import require_same_settings
+
 ROOT = Path(__file__).parents[1]
 COLUMNS = (
     "used", "perplexity", "probe", "probe_vectors", "probe_random", "probe_untrained", "own", "swapped", "copied",
@@ -61,9 +63,7 @@ def report_of(settings: Settings, seed: int, flow: float) -> dict[str, float]:
         subprocess.run([*recipe, *flags, "--resume"], check=True)
     report = json.loads((out / "report.json").read_text())
     wanted = {**options, "data": list(settings.data), "window": list(settings.window)}
-    wrong = [f"{k} {report['recipe'].get(k)!r}, now {v!r}" for k, v in wanted.items() if report["recipe"].get(k) != v]
-    if wrong:
-        raise ValueError(f"{out} was run with {'; '.join(wrong)}: give the same settings, or a new --out")
+    require_same_settings(out, report["recipe"], wanted)
     return report
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import tyro
 
+from headrace.training.same_settings import require_same_settings
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "uniflow.py"
 
 
@@ -53,12 +55,7 @@ def run(options: Options, weighting: str, seed: int) -> dict[str, float]:
     kept, own = folder / "figures.json", options_of(options, weighting)
     if kept.is_file():
         found = json.loads(kept.read_text())
-        there = found.get("options", {})
-        wrong = [
-            f"{name} {there.get(name)!r}, now {value!r}" for name, value in own.items() if there.get(name) != value
-        ]
-        if wrong:
-            raise ValueError(f"{kept} was run with {'; '.join(wrong)}: give the same options, or a new --out")
+        require_same_settings(kept, found.get("options", {}), own)
         return found["figures"]
     chosen = ["--distill-weight", "0"] if weighting == "none" else ["--weighting", weighting]
     command = [sys.executable, str(RECIPE), "--out", str(folder), "--seed", str(seed), "--steps", str(options.steps)]

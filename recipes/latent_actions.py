@@ -81,9 +81,7 @@ class Recipe:
     stride: int = 1
     lr: float = 1e-3
     distance: Literal["l1", "mse"] | None = None  # mse
-    flow: float | None = (
-        None  # final weight of the optical-flow term, 0 switches it off; 0.1, and 0 with pairs of frames
-    )
+    flow: float | None = None  # final weight of the optical-flow term, 0 is off; 0.1, with pairs of frames 0
     unquantized: float | None = None  # share of the run before codes take the place of the encoder's rows; 0.3
     differences: bool | None = None  # transitions from differences of frame features, as in LAPA; True
     unit_rows: bool | None = None  # rows as large as the codes; True

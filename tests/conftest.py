@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
@@ -80,3 +81,34 @@ def small_files() -> Callable[[int], AbstractContextManager[None]]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
     return limited
+
+
+def noisy_demos(root: Path, *, side: int, length: int) -> None:
+    """Two demonstrations of `length` random pictures, states and actions as a LeRobotDataset of pictures, 20 Hz."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    random = np.random.default_rng(0)
+    features = {
+        "observation.images.base": {
+            "dtype": "image",
+            "shape": (side, side, 3),
+            "names": ["height", "width", "channel"],
+        },
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": list("abcd")},
+        "action": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper"]},
+    }
+    made = LeRobotDataset.create("local/demos", 20, features, root=root, use_videos=False)
+    for _ in range(2):
+        for _ in range(length):
+            picture = random.integers(0, 256, (side, side, 3), np.uint8)
+            numbers = {"observation.state": random.normal(size=4), "action": random.normal(size=3)}
+            floats = {key: value.astype(np.float32) for key, value in numbers.items()}
+            made.add_frame({"observation.images.base": picture, **floats, "task": "push the cube"})
+        made.save_episode()
+    made.finalize()
+
+
+@pytest.fixture(scope="session")
+def make_noisy_demos() -> Callable[..., None]:
+    """`noisy_demos`, for tests in any folder."""
+    return noisy_demos

@@ -32,6 +32,7 @@ from headrace.sim.rollout import RolloutSettings, roll_out
 from headrace.sim.run_folder import write_json
 from headrace.sim.statistics import wilson_interval
 from headrace.sim.tasks import find_task
+from headrace.training.same_settings import require_same_settings
 
 
 class Arm(NamedTuple):
@@ -108,12 +109,7 @@ def run_cell(table: Table, budget: int, arm: str, seed: int) -> list[dict[str, A
     done, own = folder / "cell.json", settings_of(table)
     if done.is_file():
         found = json.loads(done.read_text())
-        there = found.get("settings", {})
-        wrong = [
-            f"{name} {there.get(name)!r}, now {value!r}" for name, value in own.items() if there.get(name) != value
-        ]
-        if wrong:
-            raise ValueError(f"{done} was run with {'; '.join(wrong)}: give the same settings, or a new --out")
+        require_same_settings(done, found.get("settings", {}), own)
         return found["rows"]
     kind = ARMS[arm]
     start = Start(

@@ -58,7 +58,7 @@ def test_the_benchmark_reads_reports_of_its_own_settings_only(tmp_path, capsys):
     (tmp_path / "flow0-seed0" / "report.json").write_text(json.dumps(report))
     benchmark["main"](settings)
     assert "| without | 0.250 |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="was run with stride 4, now 1: give the same"):
+    with pytest.raises(ValueError, match=r"other settings \(stride: 4 before, 1 now\): give the same"):
         benchmark["main"](replace(settings, stride=1))
 
 

@@ -24,12 +24,14 @@ def test_figures_of_other_options_are_refused(tmp_path, monkeypatch):
         for _ in range(2):
             assert module.run(options, weighting, 0) == {"probe": 0.5}
     assert len(commands) == 2
-    with pytest.raises(ValueError, match=r"was run with steps 300, now 400; batch 8, now 4: give the same"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(steps: 300 before, 400 now; batch: 8 before, 4 now\): give the same"
+    ):
         module.run(replace(options, steps=400, batch=4), "last", 0)
-    with pytest.raises(ValueError, match=r"encoder_factor 0\.05, now 0\.1"):
+    with pytest.raises(ValueError, match=r"encoder_factor: 0\.05 before, 0\.1 now"):
         module.run(replace(options, encoder_factor=0.1), "adaptive", 0)
-    with pytest.raises(ValueError, match="teacher 'of adaptive', now"):
+    with pytest.raises(ValueError, match="teacher: 'of adaptive' before, "):
         module.run(replace(options, teachers=tmp_path / "earlier"), "last", 0)
     (tmp_path / "last_0" / "figures.json").write_text('{"probe": 0.5}')
-    with pytest.raises(ValueError, match="steps None, now 300"):
+    with pytest.raises(ValueError, match="steps: None before, 300 now"):
         module.run(options, "last", 0)

@@ -38,10 +38,12 @@ def test_a_finished_cell_is_not_run_again_and_one_of_other_settings_is_refused(t
     cell = {"settings": table["settings_of"](settings), "rows": [{"task": "x"}]}
     (folder / "cell.json").write_text(json.dumps(cell))
     assert table["run_cell"](settings, 25, "ls_la", 0) == [{"task": "x"}]
-    with pytest.raises(ValueError, match=r"was run with steps 2000, now 300; execute 7, now 4: give the same"):
+    with pytest.raises(
+        ValueError, match=r"other settings \(steps: 2000 before, 300 now; execute: 7 before, 4 now\): give the same"
+    ):
         table["run_cell"](replace(settings, steps=300, execute=4), 25, "ls_la", 0)
     (folder / "cell.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match="steps None, now 2000"):
+    with pytest.raises(ValueError, match="steps: None before, 2000 now"):
         table["run_cell"](settings, 25, "ls_la", 0)
 
 

@@ -194,12 +194,15 @@ def test_an_action_convention_that_is_none_is_named(serving, told):
         RemotePolicy(serving(pack(told)))
 
 
-def test_a_server_that_comes_back_with_another_policy_is_refused_every_time(serving):
-    policy = RemotePolicy(serving(pack({"action_spec": SPEC.to_dict(), "checkpoint": "a"}), None))
+@pytest.mark.parametrize(
+    ("part", "before", "now"), [("checkpoint", "a", "b"), ("settings", {"steps": 4}, {"steps": 8})]
+)
+def test_a_server_that_comes_back_with_another_policy_is_refused_every_time(serving, part, before, now):
+    policy = RemotePolicy(serving(pack({"action_spec": SPEC.to_dict(), part: before}), None))
     policy.reset(0, seed=0)
     with pytest.raises(ConnectionLost):
         policy.act([LOOK], [0])
-    policy.url = serving(pack({"action_spec": SPEC.to_dict(), "checkpoint": "b"}))
+    policy.url = serving(pack({"action_spec": SPEC.to_dict(), part: now}))
     for _ in range(2):
-        with pytest.raises(SpecMismatch, match="differs in checkpoint"):
+        with pytest.raises(SpecMismatch, match=f"differs in {part}"):
             policy.reset(0, seed=1)

@@ -29,24 +29,9 @@ LENGTH = 6
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    root, random = tmp_path_factory.mktemp("frames"), np.random.default_rng(0)
-    features = {
-        "observation.images.base": {"dtype": "image", "shape": (72, 72, 3), "names": ["height", "width", "channel"]},
-        "observation.state": {"dtype": "float32", "shape": (4,), "names": list("abcd")},
-        "action": {"dtype": "float32", "shape": (3,), "names": ["x", "y", "gripper"]},
-    }
-    made = LeRobotDataset.create("local/demos", 20, features, root=root / "demos", use_videos=False)
-    for _ in range(2):
-        for _ in range(LENGTH):
-            picture = random.integers(0, 256, (72, 72, 3), np.uint8)
-            numbers = {"observation.state": random.normal(size=4), "action": random.normal(size=3)}
-            floats = {key: value.astype(np.float32) for key, value in numbers.items()}
-            made.add_frame({"observation.images.base": picture, **floats, "task": "push the cube"})
-        made.save_episode()
-    made.finalize()
+def folder(tmp_path_factory, make_noisy_demos) -> Path:
+    root = tmp_path_factory.mktemp("frames")
+    make_noisy_demos(root / "demos", side=72, length=LENGTH)
     for seed, name in enumerate(("tokenizer", "other_tokenizer")):
         torch.manual_seed(seed)
         TokenFlow(TokenFlowConfig.tiny()).eval().save_pretrained(root / name)

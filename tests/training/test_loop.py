@@ -192,7 +192,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 def test_resume_with_other_settings_names_them(tmp_path):
     run(tmp_path, steps=2)
-    with pytest.raises(ValueError, match=r"groups.*0\.01.*0\.02.*seed: 0 in the folder, 5 now"):
+    with pytest.raises(ValueError, match=r"groups.*0\.01.*0\.02.*seed: 0 before, 5 now"):
         run(tmp_path, steps=4, resume=True, lr=2e-2, seed=5)
 
 

@@ -134,7 +134,7 @@ class RemotePolicy:
                 if time.monotonic() >= end:
                     raise
                 time.sleep(min(1.0, self.patience))
-        fixed = ("action_spec", "needs", "look_back", "checkpoint")
+        fixed = ("action_spec", "needs", "look_back", "checkpoint", "settings")
         other = [key for key in fixed if self.metadata.get(key) != before.get(key)]
         if other:
             self.close()

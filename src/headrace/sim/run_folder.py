@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from headrace.training.same_settings import differences
+
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 
@@ -82,11 +84,7 @@ def check_same_run(folder: Path, identity: dict[str, Any]) -> None:
     """
     path = folder / RUN_FILE
     if path.exists():
-        before = json.loads(path.read_text())
-        differing = [
-            f"{k}: {before.get(k)!r} before, {identity[k]!r} now" for k in identity if before.get(k) != identity[k]
-        ]
-        if differing:
+        if differing := differences(json.loads(path.read_text()), identity):
             raise FileExistsError(
                 f"{folder} holds another run ({'; '.join(differing)}). Give a new --out, or remove that folder."
             )
@@ -108,12 +106,8 @@ def check_same_environment(folder: Path, task: str, about: dict[str, Any]) -> No
         write_json(folder / RUN_FILE, {**run, "environments": {**known, task: about}})
         return
     told = json.loads(json.dumps(about))
-    differing = [
-        f"{key}: {before!r} before, {told[key]!r} now"
-        for key, before in known[task].items()
-        if key != "packages" and key in told and told[key] != before
-    ]
-    if differing:
+    shared = [key for key in known[task] if key != "packages" and key in told]
+    if differing := differences(known[task], told, keys=shared):
         raise FileExistsError(
             f"the episodes of {task} in {folder} are of another environment ({'; '.join(differing)}). "
             "Go on where they were made, or give a new --out."

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from headrace.nn.pretrained import load_strictly, read_weights, void, write_atomically
 from headrace.nn.shards import part, whole
 from headrace.training.ema import Ema
+from headrace.training.same_settings import differences
 
 RUN_FILE = "run.json"
 LOG_FILE = "log.jsonl"
@@ -96,12 +97,7 @@ def _lock(out: Path) -> TextIO:
 
 
 def _require_same_run(recorded: dict[str, Any], given: dict[str, Any], out: Path) -> None:
-    differing = [
-        f"{key}: {recorded.get(key)!r} in the folder, {given.get(key)!r} now"
-        for key in sorted(recorded.keys() | given.keys())
-        if recorded.get(key) != given.get(key)
-    ]
-    if differing:
+    if differing := differences(recorded, given, keys=sorted(recorded.keys() | given.keys())):
         raise ValueError(
             f"{out} holds another run ({'; '.join(differing)}). Resume with the same settings, or use a new folder."
         )
